@@ -94,5 +94,7 @@ def test_one_file_imports_the_attention_kernels():
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
         }
-        optional = {m for m in modules if m and m.startswith(("flash_attn", "torch.nn.attention.varlen"))}
+        optional = {
+            m for m in modules if m and m.startswith(("flash_attn", "torch.nn.attention.varlen"))
+        }
         assert not optional or path.relative_to(ROOT).as_posix() == keeper

@@ -1,0 +1,75 @@
+"""Hands the engine's `attend` to a Hugging Face model. No decoder forward is copied or replaced.
+
+transformers calls attention through `AttentionInterface`, and passes extra keyword arguments of the
+model's forward on to it: `model(input_ids, position_ids=…, layout=…)` is all that a caller adds.
+Because the layout travels with the call, the pattern is the same in `train()` and `eval()`, with and
+without gradient checkpointing; a call without one is an error, never plain causal attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from anchor_context.layout import DocumentLayout
+
+# A name per model, because transformers looks attention functions up by name. Not "flash…": such a
+# name sends transformers to look for a kernel on its hub.
+_names = (f"anchor_context_{number}" for number in itertools.count())
+
+
+def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None:
+    """Make every attention layer of `model` call `attend(q, k, v, layout, *, scale, sliding_window)`.
+
+    Afterwards the model's forward needs `layout=DocumentLayout` and `position_ids`, and returns what
+    it returned before. Saved models carry no trace of it.
+
+    Raises:
+        ValueError: the model scores attention in a way that the engines do not compute.
+    """
+    check_scores(model.config)
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        layout: DocumentLayout | None = None,
+        **unused,
+    ) -> tuple[Tensor, None]:
+        if layout is None:
+            raise ValueError(
+                "this model attends by document: call it with layout=DocumentLayout(…), "
+                "or load the saved model with AutoModelForCausalLM for plain causal attention"
+            )
+        if dropout:
+            raise ValueError(
+                "attention dropout is not supported: set config.attention_dropout to 0"
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = attend(query, key, value, layout, scale=scale, sliding_window=sliding_window)
+        return out.transpose(1, 2), None
+
+    name = next(_names)
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    model.set_attn_implementation(name)
+
+
+def check_scores(config) -> None:
+    """Raise `ValueError` for settings that change the scores beyond scale, mask and window."""
+    text = config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None):
+        raise ValueError(
+            f"{config.model_type}: attn_logit_softcapping={text.attn_logit_softcapping} is not "
+            "computed by the engines; set it to null in the model's config.json"
+        )
+    if config.model_type.startswith("gpt_oss"):
+        raise ValueError("gpt_oss: attention sinks are not computed by the engines")
