@@ -1,0 +1,186 @@
+"""Prepared rows -> micro-batches: the order of rows, their labels and their layout.
+
+Guarantees: the rows of a step, in order, depend on the data, the seed and the global batch alone, not
+on how it is split into batch size × accumulation × data-parallel ranks. A step also carries its global
+number of targets, known from the rows, so that the exact mean loss needs no communication.
+Costs: everything is built by vectorised numpy in a worker process, ahead of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from anchor_context.attention.patterns import make_layout
+from anchor_context.data.packing import NO_TOKEN, PreparedRows
+from anchor_context.layout import IGNORE_INDEX
+
+BLANK_ROW = -1
+"""The id of a row of padding without targets, which fills up the last step of a run."""
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Which rows each step takes: seeded permutations of all rows, epoch after epoch.
+
+    The stream of rows is cut into steps of `rows_per_step`. It ends after `total_rows` (None: never),
+    filled up with blank rows.
+    """
+
+    rows: int
+    seed: int
+    rows_per_step: int
+    total_rows: int | None
+
+    def step(self, first_row: int) -> np.ndarray:
+        """(rows_per_step,) int64: the row ids at positions first_row, first_row + 1, … of the stream."""
+        place = np.arange(first_row, first_row + self.rows_per_step)
+        ids = np.full(self.rows_per_step, BLANK_ROW, dtype=np.int64)
+        for epoch in np.unique(place // self.rows):
+            order = np.random.default_rng((self.seed, int(epoch))).permutation(self.rows)
+            inside = place // self.rows == epoch
+            ids[inside] = order[place[inside] % self.rows]
+        if self.total_rows is not None:
+            ids[place >= self.total_rows] = BLANK_ROW
+        return ids
+
+
+class MicroBatches(IterableDataset):
+    """The micro-batches of one data-parallel rank, ready for the model. See `make_loader`."""
+
+    def __init__(
+        self,
+        prepared: PreparedRows,
+        order: RowOrder,
+        *,
+        pattern: str,
+        batch_size: int,
+        data_rank: int,
+        data_degree: int,
+        first_row: int,
+        transform: Callable[[dict], dict] | None,
+    ):
+        self.prepared, self.order, self.first_row = prepared, order, first_row
+        self.transform = transform
+        self.collate = partial(collate, prepared, pattern=pattern)
+        self.batch_size, self.data_rank, self.data_degree = batch_size, data_rank, data_degree
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        assert worker is None or worker.num_workers == 1, "more workers would reorder micro-batches"
+        first_row, order, prepared = self.first_row, self.order, self.prepared
+        while order.total_rows is None or first_row < order.total_rows:
+            ids = order.step(first_row)
+            real = ids[ids != BLANK_ROW]
+            targets = int(prepared.target_counts[real].sum())
+            tokens = len(real) * prepared.row_length - int(prepared.pad_counts[real].sum())
+            # (accumulation, data-parallel ranks, batch size)
+            for micro_ids in ids.reshape(-1, self.data_degree, self.batch_size)[:, self.data_rank]:
+                batch = self.collate(micro_ids)
+                batch |= {"step_targets": targets, "step_tokens": tokens, "step_rows": ids.tolist()}
+                yield batch if self.transform is None else self.transform(batch)
+            first_row += order.rows_per_step
+
+
+def make_loader(
+    prepared: PreparedRows,
+    *,
+    pattern: str,
+    seed: int,
+    batch_size: int,
+    accumulation: int,
+    data_rank: int,
+    data_degree: int,
+    first_row: int = 0,
+    total_rows: int | None = None,
+    transform: Callable[[dict], dict] | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """An iterable over the micro-batches of one data-parallel rank, `accumulation` of them per step.
+
+    Args:
+        batch_size: rows in a micro-batch.
+        first_row: rows that earlier steps have used (to resume).
+        total_rows: end after so many rows, the last step filled up with blank ones; None: never end.
+        transform: applied to each batch in the worker (sequence parallelism shards it there).
+
+    Returns:
+        Batches as `collate` makes them, and with the whole step's `step_targets`, `step_tokens`
+        (without padding) and `step_rows` (ids).
+    """
+    order = RowOrder(
+        rows=len(prepared),
+        seed=seed,
+        rows_per_step=batch_size * accumulation * data_degree,
+        total_rows=total_rows,
+    )
+    batches = MicroBatches(
+        prepared,
+        order,
+        pattern=pattern,
+        batch_size=batch_size,
+        data_rank=data_rank,
+        data_degree=data_degree,
+        first_row=first_row,
+        transform=transform,
+    )
+    return DataLoader(
+        batches, batch_size=None, num_workers=1, prefetch_factor=4, pin_memory=pin_memory
+    )
+
+
+def collate(prepared: PreparedRows, row_ids: np.ndarray, *, pattern: str) -> dict:
+    """The rows as one micro-batch.
+
+    Returns:
+        input_ids, labels, position_ids: (B, S) int64; labels are shifted already and hold
+        `IGNORE_INDEX` where there is no target. layout: of the whole rows. row_ids: list of int.
+    """
+    length, batch_size = prepared.row_length, len(row_ids)
+    offsets = prepared.piece_offsets
+    starts, untargeted = [], []
+    tokens = np.zeros((batch_size, length + 1), dtype=np.int64)
+    tokens[:, length] = NO_TOKEN
+    for place, row in enumerate(row_ids):
+        if row == BLANK_ROW:
+            row_starts, row_untargeted = np.array([0]), np.array([length])
+        else:
+            tokens[place] = prepared.tokens[row]
+            pieces = slice(offsets[row], offsets[row + 1])
+            row_starts, row_untargeted = prepared.starts[pieces], prepared.untargeted[pieces]
+        starts.append(row_starts.astype(np.int64) + place * length)
+        untargeted.append(row_untargeted)
+    starts, untargeted = np.concatenate(starts), np.concatenate(untargeted).astype(np.int64)
+
+    labels = tokens[:, 1:].copy()  # the extra token is the last one's target, or NO_TOKEN
+    labels[labels == NO_TOKEN] = IGNORE_INDEX
+    flat = labels.reshape(-1)
+    ends = np.append(starts[1:], flat.size)
+    flat[ends[ends % length != 0] - 1] = IGNORE_INDEX  # a document's last token, inside its row
+    flat[_ranges(starts, untargeted)] = IGNORE_INDEX
+
+    layout = make_layout(
+        starts,
+        batch_size=batch_size,
+        row_length=length,
+        pattern=pattern,
+        anchor_placement=prepared.anchor_placement,
+    )
+    return {
+        "input_ids": torch.from_numpy(tokens[:, :length].copy()),
+        "labels": torch.from_numpy(labels),
+        "position_ids": layout.position_ids,
+        "layout": layout,
+        "row_ids": [int(row) for row in row_ids],
+    }
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The indices of all ranges start, start + 1, … of the given lengths, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())

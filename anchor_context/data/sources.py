@@ -1,0 +1,263 @@
+"""Where documents come from: files, globs, `save_to_disk` directories and hub names, read as a stream.
+
+Guarantees: every record comes with its file and line (or row), so that an error can name them; a file
+that breaks off in the middle is a record of its own, never a quiet end. Nothing here looks into a record.
+Costs: one pass over the data, a few MiB of memory; an array in a `.json` file is read whole.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import xxhash
+
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".parquet")
+
+UNIT_BYTES = 8 << 20
+"""Input per unit of work, about: what a worker gets at once and a killed preparation repeats."""
+HASHED_BYTES = 1 << 30
+"""How much of the data set's content goes into its identity; a smaller set is hashed whole."""
+HASH_BLOCK = 64 << 10
+
+
+class Broken(str):
+    """A record that could not be read, as the reason why."""
+
+
+Record = bytes | dict | Broken
+"""One JSON line, one row already read, or the reason why there is none."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive records of one file, the first of them number `first` (counted from 1)."""
+
+    file: str
+    first: int
+    records: list[Record]
+    word: str = "line"
+    """What this kind of file calls a record: "line" or "row"."""
+
+
+Unit = list[Stretch]
+"""A unit of work. How the data are cut into units depends on the data alone."""
+
+
+def find_inputs(dataset: list[str] | str) -> list[str]:
+    """The files, `save_to_disk` directories and hub names that `--dataset` means, globs expanded.
+
+    Raises:
+        ValueError: a file that is not there, a glob without a match, a suffix nobody can read.
+    """
+    found = []
+    for name in [dataset] if isinstance(dataset, str) else dataset:
+        path = Path(name)
+        if path.is_dir():
+            if not is_saved_dataset(path):
+                raise ValueError(
+                    f"--dataset {name} is a directory, but neither prepared rows nor written by "
+                    f"`save_to_disk`; name its files, for example '{path / '*.jsonl'}'"
+                )
+            found.append(str(path))
+        elif path.exists():
+            found.append(str(path))
+        elif glob.has_magic(name):
+            matches = sorted(m for m in glob.glob(name, recursive=True) if Path(m).is_file())
+            if not matches:
+                raise ValueError(f"--dataset {name} matches no file; check the pattern")
+            found.extend(matches)
+        elif is_hub_name(name):
+            found.append(name)
+        else:
+            raise ValueError(f"--dataset {name}: no such file; check the path")
+    for name in found:
+        if Path(name).is_file() and not name.endswith(SUFFIXES):
+            raise ValueError(f"--dataset {name} has none of the suffixes {', '.join(SUFFIXES)}")
+    if not found:
+        raise ValueError("--dataset is empty; name at least one file")
+    return found
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote this directory."""
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this could be a data set on the hub: `name` or `owner/name`, without a known suffix."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.endswith(SUFFIXES)
+
+
+def identity(inputs: list[str]) -> list[dict]:
+    """What the data are, for a fingerprint: path, size, time of change and content of every file.
+
+    The content is hashed whole up to `HASHED_BYTES` over all files; of larger sets, blocks spread evenly
+    over every file, its head and its tail among them. A hub name counts by its commit.
+    """
+    files = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.is_file())
+        elif path.exists():
+            files.append(path)
+    share = HASHED_BYTES // max(1, len(files))
+    described = [
+        {
+            "path": str(path.resolve()),
+            "size": path.stat().st_size,
+            "mtime_ns": path.stat().st_mtime_ns,
+            "content": _content_hash(path, share),
+        }
+        for path in files
+    ]
+    hub = [name for name in inputs if not Path(name).exists()]
+    return described + [{"hub": name, "commit": _hub_commit(name)} for name in hub]
+
+
+def _content_hash(path: Path, limit: int) -> str:
+    """xxh3 of the whole file, or of evenly spread blocks of together about `limit` bytes."""
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        if size <= max(limit, 2 * HASH_BLOCK):
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        else:
+            blocks = max(2, limit // HASH_BLOCK)
+            for block in range(blocks):
+                file.seek(block * (size - HASH_BLOCK) // (blocks - 1))
+                digest.update(file.read(HASH_BLOCK))
+    return digest.hexdigest()
+
+
+def _hub_commit(name: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().dataset_info(name).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(
+            f"--dataset {name} is neither a file nor a data set that the hub gives us ({error}); "
+            "check the path, the name and the network"
+        ) from error
+
+
+def read_units(inputs: list[str], columns: Iterable[str]) -> Iterator[Unit]:
+    """All records, in order, cut into units of about `UNIT_BYTES`.
+
+    Args:
+        inputs: from `find_inputs`.
+        columns: the top-level columns that matter; columnar formats read no others.
+
+    Raises:
+        ValueError: a data set that cannot be opened at all. What breaks later is a `Broken` record.
+    """
+    columns = list(columns)
+    unit, size = [], 0
+    for name in inputs:
+        word, records = _open(name, columns)
+        stretch = Stretch(name, 1, [], word)
+        for number, record in enumerate(records, 1):
+            stretch.records.append(record)
+            size += _weight(record)
+            if size >= UNIT_BYTES:
+                yield [*unit, stretch]
+                unit, size = [], 0
+                stretch = Stretch(name, number + 1, [], word)
+        if stretch.records:
+            unit.append(stretch)
+    if unit:
+        yield unit
+
+
+def _weight(record: Record) -> int:
+    """About how many bytes of input a record is; at least its own place in a list."""
+    if not isinstance(record, dict):
+        return len(record) + 64
+    return 64 + sum(
+        len(value) if isinstance(value, str) else 8 * len(value)
+        for value in record.values()
+        if isinstance(value, str | list)
+    )
+
+
+def _open(name: str, columns: list[str]) -> tuple[str, Iterator[Record]]:
+    if name.endswith(JSON_LINES):
+        return "line", _json_lines(name)
+    if Path(name).is_file() and not name.endswith(".parquet"):
+        if _first_byte(name) == b"[":
+            return "row", _json_array(name)
+        return "line", _json_lines(name)  # many call their JSON lines ".json"
+    return "row", _table_rows(name, columns)
+
+
+def _decompressed(name: str) -> io.BufferedReader:
+    """The file's bytes; PyArrow's streams, unlike others, notice a cut-off gzip *and* a cut-off zstd."""
+    return io.BufferedReader(pyarrow.input_stream(name, compression="detect"), 1 << 20)
+
+
+def _json_lines(name: str) -> Iterator[Record]:
+    number = 0
+    try:
+        with _decompressed(name) as file:
+            for number, line in enumerate(file, 1):  # noqa: B007: the error names it
+                yield line
+    except OSError as error:
+        yield Broken(f"the file cannot be read beyond line {number}: {error}")
+
+
+def _first_byte(name: str) -> bytes:
+    try:
+        with _decompressed(name) as file:
+            return file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    except OSError:
+        return b""  # the reader proper will say what is wrong
+
+
+def _json_array(name: str) -> Iterator[Record]:
+    try:
+        with _decompressed(name) as file:
+            records = json.loads(file.read().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        yield Broken(f"not a JSON array: {error}")
+        return
+    for record in records:
+        yield record if isinstance(record, dict) else Broken("not a JSON object")
+
+
+def _table_rows(name: str, columns: list[str]) -> Iterator[Record]:
+    """Rows of a parquet file, a `save_to_disk` directory or a hub data set, through `datasets`."""
+    import datasets
+
+    if name.endswith(".parquet"):
+        table = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
+    elif Path(name).exists():
+        table = datasets.load_from_disk(name)
+    else:
+        table = datasets.load_dataset(name, streaming=True)
+    if isinstance(table, dict):
+        if "train" not in table:
+            raise ValueError(f"--dataset {name} has no split `train`, only {sorted(table)}")
+        table = table["train"]
+    known = table.column_names
+    if known is not None:
+        table = table.select_columns([c for c in columns if c in known])
+
+    number = 0
+    try:
+        for batch in table.with_format("arrow").iter(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield row
+    except (OSError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        yield Broken(f"the file cannot be read beyond row {number}: {error}")
