@@ -6,7 +6,7 @@ It chooses once, before training, and keeps the reason for the log and for `args
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,7 +15,10 @@ from torch.distributed import ProcessGroup
 
 from anchor_context.attention import flash, flex, reference
 from anchor_context.attention.kernels import choose_kernel
+from anchor_context.parallel.account import CommAccount
 from anchor_context.parallel.groups import RankGrid
+from anchor_context.parallel.hybrid import hybrid
+from anchor_context.parallel.ring import ring
 from anchor_context.parallel.ulysses import ulysses
 
 ENGINES = ("flash", "flex", "reference")
@@ -32,6 +35,8 @@ class Engine:
     """The parallel layout, in words."""
     reason: str
     """Why this kernel."""
+    account: CommAccount = field(default_factory=CommAccount)
+    """What attention sends and receives; stays empty where no rows are shared."""
 
     def __str__(self) -> str:
         return f"{self.name} engine, kernel {self.kernel} ({self.reason}), {self.layout}"
@@ -51,15 +56,16 @@ def make_engine(
     dtype: torch.dtype,
     kernel: str | None = None,
     grid: RankGrid | None = None,
+    ring_group: ProcessGroup | None = None,
     ulysses_group: ProcessGroup | None = None,
 ) -> Engine:
-    """Choose engine, kernel and parallel layout.
+    """Choose engine, kernel and parallel layout. Collective over the ring group, if there is a ring.
 
     Args:
         name: one of `ENGINES`.
         dtype: of q, k and v.
         kernel: a kernel's name to force it (flash only), or None for the fastest that runs.
-        grid: this rank's place, with its `ulysses_group`; None for one rank.
+        grid: this rank's place, with its `ring_group` and `ulysses_group`; None for one rank.
 
     Raises:
         ValueError: an unknown name, or a combination that cannot run here.
@@ -70,6 +76,13 @@ def make_engine(
     if kernel is not None and name != "flash":
         raise ValueError(f"--attn_kernel {kernel} belongs to --attn_engine flash, not {name}")
 
+    if name != "flash" and grid.ring_degree > 1:
+        raise ValueError(
+            f"--attn_engine {name} cannot run on a ring (--ring_degree {grid.ring_degree}): its mask "
+            "is of whole rows; use --parallel_mode ulysses_attn, or --attn_engine flash"
+        )
+
+    account = CommAccount()
     if name == "flash":
         chosen, reason = choose_kernel(device, dtype, name=kernel)
         attend, kernel = partial(flash.attend, kernel=chosen), chosen.name
@@ -82,6 +95,12 @@ def make_engine(
     else:
         attend, kernel, reason = reference.attend, "dense", "every score written out"
 
-    if grid.ulysses_degree > 1:
-        attend = ulysses(attend, ulysses_group)
-    return Engine(attend=attend, name=name, kernel=kernel, layout=str(grid), reason=reason)
+    if grid.ring_degree > 1 and grid.ulysses_degree > 1:
+        attend = hybrid(chosen, ring_group=ring_group, ulysses_group=ulysses_group, account=account)
+    elif grid.ring_degree > 1:
+        attend = ring(chosen, ring_group, account)
+    elif grid.ulysses_degree > 1:
+        attend = ulysses(attend, ulysses_group, account)
+    return Engine(
+        attend=attend, name=name, kernel=kernel, layout=str(grid), reason=reason, account=account
+    )

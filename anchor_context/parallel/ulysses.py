@@ -2,7 +2,7 @@
 
 Between the two all-to-alls every rank sees whole rows for 1/U of the heads, so any engine runs
 unchanged under it, with the global layout (DeepSpeed-Ulysses, arXiv 2309.14509; yunchang's
-`SeqAllToAll4D` does the exchange and its gradient).
+`all_to_all_4D` does the exchange).
 """
 
 from __future__ import annotations
@@ -10,23 +10,55 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import gcd
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from yunchang.comm.all_to_all import SeqAllToAll4D
+from yunchang.comm.all_to_all import all_to_all_4D
 
 from anchor_context.layout import DocumentLayout
+from anchor_context.parallel.account import CommAccount, size_in_bytes
 
 HEADS, TOKENS = 2, 1
 """Dimensions of yunchang's (B, S, H, D) tensors."""
 
 
-def ulysses(attend: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
+class Exchange(torch.autograd.Function):
+    """One all-to-all: divides dimension `scatter`, joins dimension `gather`. Its gradient is the way back.
+
+    yunchang's own autograd class does the same without counting the backward's bytes.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scatter: int, gather: int, group: ProcessGroup, account: CommAccount):
+        ctx.settings = scatter, gather, group, account
+        return exchange(x, scatter=scatter, gather=gather, group=group, account=account)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scatter, gather, group, account = ctx.settings
+        gradient = exchange(gradient, scatter=gather, gather=scatter, group=group, account=account)
+        return gradient, None, None, None, None
+
+
+def exchange(
+    x: Tensor, *, scatter: int, gather: int, group: ProcessGroup, account: CommAccount
+) -> Tensor:
+    """all_to_all_4D of (B, S, H, D), accounted: all but this rank's own part travels."""
+    degree = dist.get_world_size(group)
+    travels = size_in_bytes(x) // degree * (degree - 1)
+    account.add("ulysses", sent=travels, received=travels)
+    return all_to_all_4D(x, scatter, gather, group=group)
+
+
+def ulysses(
+    attend: Callable[..., Tensor], group: ProcessGroup, account: CommAccount
+) -> Callable[..., Tensor]:
     """`attend` for whole rows -> `attend` for this rank's tokens, (B, H, S/U, D) in and out."""
     degree = dist.get_world_size(group)
 
-    def exchange(x: Tensor, *, scatter: int, gather: int) -> Tensor:
-        return SeqAllToAll4D.apply(group, x.transpose(1, 2), scatter, gather).transpose(1, 2)
+    def trade(x: Tensor, *, scatter: int, gather: int) -> Tensor:
+        return Exchange.apply(x.transpose(1, 2), scatter, gather, group, account).transpose(1, 2)
 
     def attend_ulysses(
         q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, **settings
@@ -34,9 +66,9 @@ def ulysses(attend: Callable[..., Tensor], group: ProcessGroup) -> Callable[...,
         repeats = kv_repeats(k.shape[1], degree)
         if repeats > 1:  # fewer key/value heads than ranks: each rank needs a head of its own
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        q, k, v = (exchange(x, scatter=HEADS, gather=TOKENS) for x in (q, k, v))
+        q, k, v = (trade(x, scatter=HEADS, gather=TOKENS) for x in (q, k, v))
         out = attend(q, k, v, layout, **settings)
-        return exchange(out, scatter=TOKENS, gather=HEADS)
+        return trade(out, scatter=TOKENS, gather=HEADS)
 
     return attend_ulysses
 

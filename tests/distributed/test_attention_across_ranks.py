@@ -1,0 +1,172 @@
+"""Ring, Ulysses and hybrid attention on real processes against the dense reference on one.
+
+One spawn of four processes runs every case; the tests then look at what it found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import run_ranks
+from rows import KINDS, PATTERNS, ROW, layout_of
+
+from anchor_context.attention import reference
+from anchor_context.engine import make_engine
+from anchor_context.parallel.groups import make_grid, make_groups
+from anchor_context.parallel.shard import shard_batch
+
+HEAD_DIM = 16
+ROWS = [(kind,) for kind in KINDS] + [("primes", "one"), ("many", "one_token_at_edge")]
+CASES = [(rows, pattern) for pattern in PATTERNS for rows in ROWS]
+LAYOUTS = {  # name -> ranks, ring degree, Ulysses degree, heads, key/value heads
+    "ring 2": (2, 2, 1, 4, 2),
+    "ring 4": (4, 4, 1, 4, 1),
+    "hybrid 2 x 2": (4, 2, 2, 4, 2),
+    "hybrid 2 x 2, one key/value head": (4, 2, 2, 4, 1),
+    "Ulysses 2": (2, 1, 2, 4, 2),
+    "Ulysses 4, two key/value heads": (4, 1, 4, 4, 2),
+}
+
+
+def full_tensors(rows: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output, for whole rows."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(rows, h, ROW, HEAD_DIM) for h in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def on_ranks(rank: int, world: int) -> dict:
+    found = {}
+    for name, (ranks, ring_degree, ulysses_degree, heads, kv_heads) in LAYOUTS.items():
+        grid = make_grid(
+            rank=rank, world_size=world, ring_degree=ring_degree, ulysses_degree=ulysses_degree
+        )
+        ring_group, ulysses_group = make_groups(grid, rank=rank, world_size=world)
+        engine = make_engine(
+            "flash",
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            grid=grid,
+            ring_group=ring_group,
+            ulysses_group=ulysses_group,
+        )
+        for rows, (pattern, placement) in CASES:
+            layout = layout_of(rows, pattern=pattern, placement=placement)
+            index = torch.arange(ROW).expand(len(rows), -1)
+            whole = {"input_ids": index, "labels": index, "position_ids": index, "layout": layout}
+            batch = shard_batch(whole, grid=grid)
+            mine = batch["input_ids"]  # the row indices of this rank's tokens
+            tensors = [
+                torch.take_along_dim(x, mine[:, None, :, None], dim=2)
+                for x in full_tensors(len(rows), heads, kv_heads)
+            ]
+            q, k, v = (x.requires_grad_() for x in tensors[:3])
+            engine.account.take()
+            out = engine.attend(q, k, v, batch["layout"], scale=0.3)
+            out.backward(tensors[3])
+            schedule = getattr(batch["layout"], "schedule", None)
+            found[name, rows, pattern] = {
+                "tokens": mine,
+                "tensors": [x.detach() for x in (out, q.grad, k.grad, v.grad)],
+                "account": engine.account.take(),
+                "predicted": None
+                if schedule is None
+                else (schedule.my_sent_tokens, schedule.my_received_tokens, schedule.sent_tokens),
+            }
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_ranks(on_ranks, 4, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The dense reference in float64, once for each case and number of heads."""
+    results = {}
+
+    def compute(rows, pattern, placement, heads, kv_heads):
+        key = rows, pattern, heads, kv_heads
+        if key not in results:
+            layout = layout_of(rows, pattern=pattern, placement=placement)
+            q, k, v, dout = (x.double() for x in full_tensors(len(rows), heads, kv_heads))
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            out = reference.attend(*leaves, layout, scale=0.3)
+            out.backward(dout)
+            results[key] = [out.detach(), *(x.grad for x in leaves)]
+        return results[key]
+
+    return compute
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p[0])
+@pytest.mark.parametrize("rows", ROWS, ids="+".join)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_outputs_and_gradients_equal_the_reference(found, expected, name, rows, pattern):
+    ranks, _, _, heads, kv_heads = LAYOUTS[name]
+    truth = expected(rows, *pattern, heads, kv_heads)
+    for first in range(0, 4, ranks):  # each data group computes the same rows here
+        parts = [found[rank][name, rows, pattern[0]] for rank in range(first, first + ranks)]
+        tokens = torch.cat([part["tokens"] for part in parts], dim=1)
+        assert (tokens.sort(dim=1).values == torch.arange(ROW)).all(), "a token is lost or doubled"
+        for i, true in enumerate(truth):
+            whole = torch.empty(true.shape)
+            together = torch.cat([part["tensors"][i] for part in parts], dim=2)
+            whole.scatter_(2, tokens[:, None, :, None].expand_as(together), together)
+            error = (whole - true).abs().max() / true.abs().max()
+            assert error < 1e-5
+
+
+@pytest.mark.parametrize("rows", ROWS, ids="+".join)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "Ulysses" not in name])
+def test_really_sent_bytes_are_the_predicted_ones(found, name, rows):
+    ranks, ring_degree, ulysses_degree, _, kv_heads = LAYOUTS[name]
+    heads_here = max(1, kv_heads // ulysses_degree)
+    per_token = 2 * heads_here * HEAD_DIM * 4  # keys and values, float32
+    for pattern, _ in PATTERNS:
+        parts = [found[rank][name, rows, pattern] for rank in range(ranks)]
+        for part in parts:
+            sent, received, _ = part["predicted"]
+            kv, grad = part["account"]["ring_kv"], part["account"]["ring_grad"]
+            assert kv == {
+                "sent": sent * per_token,
+                "received": received * per_token,
+                "exchanges": 1,
+            }
+            assert grad == {
+                "sent": received * per_token,
+                "received": sent * per_token,
+                "exchanges": 1,
+            }
+        total = sum(part["predicted"][0] for part in parts) // ulysses_degree
+        assert total == parts[0]["predicted"][2]
+
+
+def test_one_document_makes_every_rank_send(found):
+    """The cases are not vacuous: something crosses ranks, and no more than a plain ring's."""
+    for name, ranks in (("ring 2", 2), ("ring 4", 4)):
+        _, _, total = found[0][name, ("one",), "anchor"]["predicted"]
+        assert 0 < total <= (ranks - 1) * ROW
+
+
+def test_ulysses_bytes_by_hand(found):
+    """Four ranks trade three quarters of q, k, v and out, there and back; the two heads become four."""
+    account = found[0]["Ulysses 4, two key/value heads", ("one",), "anchor"]["account"]
+    tensor = ROW // 4 * 4 * HEAD_DIM * 4
+    assert account == {
+        "ulysses": {"sent": 8 * tensor * 3 // 4, "received": 8 * tensor * 3 // 4, "exchanges": 8}
+    }
+
+
+def test_a_sliding_window_is_an_error_unless_it_hides_nothing():
+    from anchor_context.parallel.ring import check_window
+
+    layout = layout_of(("primes",), pattern="intra_doc", placement="none")
+    check_window(101, layout)
+    with pytest.raises(ValueError, match=r"sliding_window=100.*101 tokens.*ulysses_attn"):
+        check_window(100, layout)
+    with pytest.raises(ValueError, match=f"{ROW} tokens"):
+        check_window(101, replace(layout, pattern="full"))
