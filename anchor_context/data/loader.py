@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from anchor_context.attention.patterns import make_layout
+from anchor_context.attention.patterns import attended_pairs, make_layout
 from anchor_context.data.packing import NO_TOKEN, PreparedRows
 from anchor_context.layout import IGNORE_INDEX
 
@@ -66,7 +66,7 @@ class MicroBatches(IterableDataset):
         transform: Callable[[dict], dict] | None,
     ):
         self.prepared, self.order, self.first_row = prepared, order, first_row
-        self.transform = transform
+        self.transform, self.pattern = transform, pattern
         self.collate = partial(collate, prepared, pattern=pattern)
         self.batch_size, self.data_rank, self.data_degree = batch_size, data_rank, data_degree
 
@@ -79,12 +79,25 @@ class MicroBatches(IterableDataset):
             real = ids[ids != BLANK_ROW]
             targets = int(prepared.target_counts[real].sum())
             tokens = len(real) * prepared.row_length - int(prepared.pad_counts[real].sum())
+            step = {
+                "step_targets": targets,
+                "step_tokens": tokens,
+                "step_pairs": sum(self._pairs(row) for row in real),
+                "step_rows": ids.tolist(),
+            }
             # (accumulation, data-parallel ranks, batch size)
             for micro_ids in ids.reshape(-1, self.data_degree, self.batch_size)[:, self.data_rank]:
-                batch = self.collate(micro_ids)
-                batch |= {"step_targets": targets, "step_tokens": tokens, "step_rows": ids.tolist()}
+                batch = self.collate(micro_ids) | step
                 yield batch if self.transform is None else self.transform(batch)
             first_row += order.rows_per_step
+
+    def _pairs(self, row: int) -> int:
+        """The (query, key) pairs that the pattern attends to in one row."""
+        prepared = self.prepared
+        pieces = slice(prepared.piece_offsets[row], prepared.piece_offsets[row + 1])
+        lengths = np.diff(prepared.starts[pieces], append=prepared.row_length)
+        placement = prepared.anchor_placement
+        return attended_pairs(lengths, pattern=self.pattern, anchor_placement=placement)
 
 
 def make_loader(
@@ -111,7 +124,7 @@ def make_loader(
 
     Returns:
         Batches as `collate` makes them, and with the whole step's `step_targets`, `step_tokens`
-        (without padding) and `step_rows` (ids).
+        (without padding), `step_pairs` (of attention, by the pattern) and `step_rows` (ids).
     """
     order = RowOrder(
         rows=len(prepared),
