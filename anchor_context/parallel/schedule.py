@@ -7,8 +7,8 @@ A rank's blocks, in the order of the row, form *runs* of neighbouring blocks. It
   document, against the document's earlier tokens. The rectangle is split by where those tokens are,
   on this rank or on another, and its parts are merged by log-sum-exp (`ring.py`).
 
-What rank s sends to rank r is the tails (`plan.py`) that r needs, in the order of the row, so the part of
-a rectangle that lies on s is one contiguous range of that message.
+What rank s sends to rank r is the tails (`plan.py`) that r needs, in the order of the row, so the
+part of a rectangle that lies on s is one contiguous range of that message.
 
 Guarantees: made from the boundaries alone, in a loader worker, identically on all ranks: what one rank
 will send is what the other will await. Costs about a millisecond per row, and index tensors of the

@@ -24,7 +24,7 @@ HEADS, TOKENS = 2, 1
 
 
 class Exchange(torch.autograd.Function):
-    """One all-to-all: divides dimension `scatter`, joins dimension `gather`. Its gradient is the way back.
+    """One all-to-all: divides dimension `scatter`, joins dimension `gather`; the gradient goes back.
 
     yunchang's own autograd class does the same without counting the backward's bytes.
     """

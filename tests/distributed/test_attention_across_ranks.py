@@ -39,7 +39,7 @@ def full_tensors(rows: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
 
 def on_ranks(rank: int, world: int) -> dict:
     found = {}
-    for name, (ranks, ring_degree, ulysses_degree, heads, kv_heads) in LAYOUTS.items():
+    for name, (_, ring_degree, ulysses_degree, heads, kv_heads) in LAYOUTS.items():
         grid = make_grid(
             rank=rank, world_size=world, ring_degree=ring_degree, ulysses_degree=ulysses_degree
         )
@@ -123,7 +123,7 @@ def test_outputs_and_gradients_equal_the_reference(found, expected, name, rows, 
 @pytest.mark.parametrize("rows", ROWS, ids="+".join)
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "Ulysses" not in name])
 def test_really_sent_bytes_are_the_predicted_ones(found, name, rows):
-    ranks, ring_degree, ulysses_degree, _, kv_heads = LAYOUTS[name]
+    ranks, _, ulysses_degree, _, kv_heads = LAYOUTS[name]
     heads_here = max(1, kv_heads // ulysses_degree)
     per_token = 2 * heads_here * HEAD_DIM * 4  # keys and values, float32
     for pattern, _ in PATTERNS:

@@ -1,0 +1,104 @@
+"""Splitting a batch over ranks, and the schedule that travels with it."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from anchor_context.attention.patterns import make_layout
+from anchor_context.engine import make_engine
+from anchor_context.parallel.groups import make_grid
+from anchor_context.parallel.schedule import ShardedLayout, make_schedule, plan_rows
+from anchor_context.parallel.shard import shard_batch
+
+STARTS = np.array([0, 5, 70, 96, 97, 150])  # two rows of 96 tokens
+
+
+def batch(pattern="anchor", placement="per_document") -> dict:
+    layout = make_layout(
+        STARTS, batch_size=2, row_length=96, pattern=pattern, anchor_placement=placement
+    )
+    tokens = torch.arange(192).view(2, 96)
+    return {
+        "input_ids": tokens,
+        "labels": tokens + 1000,
+        "position_ids": layout.position_ids,
+        "layout": layout,
+        "rows": 2,
+    }
+
+
+def grids(ring_degree: int, ulysses_degree: int) -> list:
+    ranks = ring_degree * ulysses_degree
+    return [
+        make_grid(
+            rank=rank, world_size=ranks, ring_degree=ring_degree, ulysses_degree=ulysses_degree
+        )
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ring_degree", "ulysses_degree"), [(4, 1), (2, 2), (1, 4), (3, 2), (1, 1)]
+)
+def test_the_ranks_hold_every_token_once_with_its_label_and_position(ring_degree, ulysses_degree):
+    whole = batch()
+    parts = [shard_batch(whole, grid=grid) for grid in grids(ring_degree, ulysses_degree)]
+    together = torch.cat([part["input_ids"] for part in parts], dim=1)
+    assert (together.sort(dim=1).values == whole["input_ids"]).all()
+    for part in parts:
+        assert part["rows"] == 2 and part["input_ids"].shape == (2, 96 // len(parts))
+        assert (part["labels"] == part["input_ids"] + 1000).all()
+        flat = whole["position_ids"].flatten()[part["input_ids"]]
+        assert (part["position_ids"] == flat).all()
+
+
+def test_the_layout_stays_whole_and_carries_the_schedule():
+    whole = batch()
+    part = shard_batch(whole, grid=grids(4, 1)[2])
+    layout = part["layout"]
+    assert isinstance(layout, ShardedLayout) and layout.row_length == 96
+    assert (layout.cu_seqlens == whole["layout"].cu_seqlens).all()
+    assert len(layout.schedule.steps) == 4
+    assert "tokens of keys and values sent per layer" in str(layout.schedule)
+    assert type(shard_batch(whole, grid=grids(1, 4)[0])["layout"]) is type(whole["layout"])
+
+
+def test_a_sharded_layout_moves_and_pickles_with_its_schedule():
+    layout = shard_batch(batch(), grid=grids(4, 1)[1])["layout"]
+    moved = layout.to("meta")
+    assert moved.schedule.causal.cu_seqlens_q.device.type == "meta"
+    assert {step.send.device.type for step in moved.schedule.steps} == {"meta"}
+    again = pickle.loads(pickle.dumps(layout))
+    assert again.schedule.my_sent_tokens == layout.schedule.my_sent_tokens
+    for step, other in zip(layout.schedule.steps, again.schedule.steps, strict=True):
+        assert (step.send == other.send).all()
+
+
+def test_what_one_rank_sends_is_what_the_other_awaits():
+    plans = plan_rows(batch(pattern="full", placement="none")["layout"], ranks=4)
+    schedules = [make_schedule(plans, rank=rank) for rank in range(4)]
+    for rank, schedule in enumerate(schedules):
+        for number, step in enumerate(schedule.steps):
+            assert schedules[(rank + number) % 4].steps[number].receive == step.send.numel()
+    total = sum(schedule.my_sent_tokens for schedule in schedules)
+    assert total == schedules[0].sent_tokens > 0
+
+
+def test_rows_that_do_not_divide_are_an_error_that_names_a_row_length_that_does():
+    with pytest.raises(ValueError, match=r"--seq-length 96 .*ring 5 × Ulysses 1.*use 95"):
+        shard_batch(batch(), grid=grids(5, 1)[0])
+
+
+def test_a_shared_anchor_cannot_be_planned():
+    with pytest.raises(ValueError, match="per_document"):
+        shard_batch(batch(placement="shared"), grid=grids(2, 1)[0])
+    shard_batch(batch(placement="shared"), grid=grids(1, 2)[0])  # Ulysses takes it
+
+
+def test_flex_on_a_ring_is_an_error_that_names_what_to_use():
+    with pytest.raises(ValueError, match=r"ring_degree 2.*--parallel_mode ulysses_attn.*flash"):
+        make_engine("flex", device=torch.device("cpu"), dtype=torch.float32, grid=grids(2, 1)[0])
