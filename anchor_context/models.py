@@ -11,10 +11,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from anchor_context.layout import DocumentLayout
+
+NOT_COMPUTED = ("softcap", "s_aux", "position_bias")
+"""Arguments of transformers' attention functions that change the scores: a cap, sinks, a bias."""
 
 # A name per model, because transformers looks attention functions up by name. Not "flash…": such a
 # name sends transformers to look for a kernel on its hub.
@@ -42,7 +46,7 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
         dropout: float = 0.0,
         sliding_window: int | None = None,
         layout: DocumentLayout | None = None,
-        **unused,
+        **others,
     ) -> tuple[Tensor, None]:
         if layout is None:
             raise ValueError(
@@ -53,6 +57,16 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
             raise ValueError(
                 "attention dropout is not supported: set config.attention_dropout to 0"
             )
+        changes_scores = [name for name in NOT_COMPUTED if others.get(name) is not None]
+        if changes_scores:
+            raise ValueError(
+                f"{type(module).__name__} asks for {', '.join(changes_scores)}, which the engines do "
+                "not compute"
+            )
+        device = query.device.type
+        if torch.is_autocast_enabled(device):  # rotary embeddings leave q and k in float32 there
+            dtype = torch.get_autocast_dtype(device)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = attend(query, key, value, layout, scale=scale, sliding_window=sliding_window)
         return out.transpose(1, 2), None

@@ -1,0 +1,179 @@
+"""What the modified library files share: one of transformers' attention functions, made document-aware.
+
+`ANCHOR_CONTEXT_PATTERN` is the switch, read once when the library is imported:
+
+    off (or unset)               the library's own function, untouched
+    intra_doc, intra_doc_reset   a token sees its own document
+    anchor                       its own document, and the first token of its row
+
+Documents come from the call: `cu_seq_lens_q`, or packed `position_ids` (`anchor_context/packed.py`).
+A call that carries neither, a cross-attention, a decoding step and a mask of the caller's own go to
+the library's function. The model has rotated queries and keys before: positions are the caller's, so
+the two intra-document patterns differ only in what the caller passes. Rows that have an anchor at the
+start of every document already (positions 0, i, i + 1, …) want intra_doc, which then *is*
+AnchorAttention.
+Costs: the boundaries are read once per forward, not per layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+VARIABLE = "ANCHOR_CONTEXT_PATTERN"
+CHOICES = ("anchor", "intra_doc", "intra_doc_reset", "off")
+NOT_COMPUTED = ("softcap", "s_aux", "position_bias")
+"""Arguments of the library's functions that change the scores in a way the engines do not compute."""
+
+
+def chosen_pattern(environment: Mapping[str, str]) -> str:
+    """The pattern that the environment asks for; "off" if it says nothing.
+
+    Raises:
+        ValueError: a value that is not one of `CHOICES`.
+    """
+    pattern = environment.get(VARIABLE) or "off"
+    if pattern not in CHOICES:
+        raise ValueError(f"{VARIABLE}={pattern} is unknown; choose from {', '.join(CHOICES)}")
+    return pattern
+
+
+def document_aware(library_function: Callable, *, engine: str) -> Callable:
+    """The library's attention function, or one of the same signature that attends by document.
+
+    Args:
+        engine: "flash" or "flex"; the anchor, which boundaries cannot say, always takes flex.
+    """
+    pattern = chosen_pattern(os.environ)
+    if pattern == "off":
+        return library_function
+    attend = _engine_on_first_use("flex" if pattern == "anchor" else engine)
+    documents = _Documents(pattern)
+    optional = list(inspect.signature(library_function).parameters)[5:]
+
+    @functools.wraps(library_function)
+    def attention(module, query, key, value, attention_mask, *args, **kwargs):
+        settings = dict(zip(optional, args, strict=False)) | kwargs
+        layout = documents.of_call(module, query, key, attention_mask, settings)
+        if layout is None:
+            return library_function(module, query, key, value, attention_mask, **settings)
+        unsupported = [name for name in NOT_COMPUTED if settings.get(name) is not None]
+        if unsupported or settings.get("dropout"):
+            raise ValueError(
+                f"{VARIABLE}={pattern}: {type(module).__name__} asks for "
+                f"{', '.join(unsupported) or 'attention dropout'}, which is not computed by "
+                f"document; set {VARIABLE}=off for this model"
+            )
+        if torch.is_autocast_enabled(query.device.type):
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        scale = settings.get("scaling") or query.shape[-1] ** -0.5
+        window = settings.get("sliding_window")
+        out = attend(query, key, value, layout, scale=scale, sliding_window=window)
+        return out.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+class _Documents:
+    """The layouts of the calls, remembered per forward: every layer passes on the same tensors."""
+
+    def __init__(self, pattern: str):
+        self.pattern = pattern
+        self._layouts = WeakIdKeyDictionary()
+        self._verdicts = WeakIdKeyDictionary()
+
+    def of_call(self, module, query: Tensor, key: Tensor, mask, settings: dict[str, Any]):
+        """The layout of a packed causal self-attention call, or None for every other call."""
+        causal = settings.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if not causal or query.shape[2] != key.shape[2] or query.shape[2] == 1:
+            return None
+        boundaries, positions = settings.get("cu_seq_lens_q"), settings.get("position_ids")
+        source = positions if boundaries is None else boundaries
+        if source is None:
+            return None
+        # The tensor's version tells an in-place change; inference tensors do not count theirs.
+        state = (query.shape[0], query.shape[2], source.is_inference() or source._version)
+        known = self._layouts.get(source)
+        if known is None or known[0] != state or source.is_inference():
+            known = (state, self._layout(query, boundaries, positions))
+            self._layouts[source] = known
+        layout = known[1]
+        if layout is None or (boundaries is None and not self._is_the_librarys(mask, layout)):
+            return None
+        return layout
+
+    def _layout(self, query: Tensor, boundaries: Tensor | None, positions: Tensor | None):
+        from anchor_context.packed import document_starts, layout_of_starts
+
+        batch_size, _, row_length, _ = query.shape
+        starts = document_starts(
+            batch_size=batch_size,
+            row_length=row_length,
+            cu_seqlens=boundaries,
+            position_ids=positions,
+        )
+        if starts is None or len(starts) == batch_size:  # one document per row: nothing to do
+            return None
+        return layout_of_starts(
+            starts,
+            like=query[:, 0, :, 0],
+            pattern=self.pattern,
+            anchor_placement="shared" if self.pattern == "anchor" else "none",
+        )
+
+    def _is_the_librarys(self, mask, layout) -> bool:
+        """Whether `mask` says no more than "causal, own document": what the library makes of packed
+        positions. Padding or a mask of the caller's own says more, and stays in force."""
+        if mask is None:
+            return True
+        if mask not in self._verdicts:
+            self._verdicts[mask] = _is_document_mask(mask, layout)
+        return self._verdicts[mask]
+
+
+def _is_document_mask(mask, layout) -> bool:
+    index = torch.arange(layout.row_length, device=layout.document_ids.device)
+    batch = torch.arange(layout.batch_size, device=index.device)[:, None]
+    if not isinstance(
+        mask, Tensor
+    ):  # FlexAttention's BlockMask: no token may be shut out as padding
+        return bool(mask.mask_mod(batch, torch.zeros_like(batch), index, index).all())
+    if mask.ndim != 4:
+        return False  # (B, S): flash attention's padding
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    documents = layout.document_ids
+    own = (documents[:, :, None] == documents[:, None, :]) & (index[:, None] >= index)
+    # A sliding window narrows it, and comes again as an argument; a token always sees itself.
+    sees_itself = visible.diagonal(dim1=-2, dim2=-1).all()
+    return bool(sees_itself and not (visible & ~own[:, None]).any())
+
+
+def _engine_on_first_use(name: str) -> Callable[..., Tensor]:
+    """Import torch's kernels only when a packed call comes, long after the library's own import."""
+    attends: dict[tuple, Callable[..., Tensor]] = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout, **settings) -> Tensor:
+        place = (q.device, q.dtype)
+        if place not in attends:
+            attends[place] = _make_attend(name, q)
+        return attends[place](q, k, v, layout, **settings)
+
+    return attend
+
+
+def _make_attend(name: str, q: Tensor) -> Callable[..., Tensor]:
+    from anchor_context.attention import flash, flex, kernels
+
+    if name == "flex":
+        return flex.make_attend()
+    kernel, _ = kernels.choose_kernel(q.device, q.dtype)
+    return functools.partial(flash.attend, kernel=kernel)

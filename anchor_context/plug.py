@@ -1,0 +1,248 @@
+"""AnchorAttention in somebody else's training script: patch the model, and feed it packed rows.
+
+    model = patch_model(AutoModelForCausalLM.from_pretrained(name), engine="flash", pattern="anchor")
+    collator = AnchorDataCollator(tokenizer, engine="flash", pattern="anchor")
+
+Then train as always, with the Hugging Face Trainer, TRL's SFTTrainer or a loop (`examples/`).
+
+Guarantees: a call that does not say where documents are is an error, never plain causal attention. A
+batch of the collator carries its `DocumentLayout`; without one, boundaries are read from
+`cu_seq_lens_q` or packed `position_ids` (`packed.py`), and the rotary positions follow the pattern.
+The loss is transformers' own, over the targets that the collator states in `shift_labels`.
+Costs: nothing per layer; per call without a layout, one copy of the boundaries to the host.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anchor_context.attention.patterns import check_pattern, make_layout
+from anchor_context.engine import ENGINES, default_anchor_placement, make_engine
+from anchor_context.layout import IGNORE_INDEX, DocumentLayout
+from anchor_context.models import set_attention
+from anchor_context.packed import document_starts, layout_of_starts
+
+logger = logging.getLogger(__name__)
+
+
+def patch_model(
+    model: PreTrainedModel,
+    *,
+    engine: str = "flash",
+    pattern: str = "anchor",
+    kernel: str | None = None,
+) -> PreTrainedModel:
+    """Make `model` attend by document, in place; returns it.
+
+    The model's forward then accepts three forms, in this order: `layout=DocumentLayout` (what
+    `AnchorDataCollator` makes); `cu_seq_lens_q` (transformers' and TRL's padding-free collators);
+    `position_ids` that restart at 0 with every document. For the last two the positions that the
+    model uses are the pattern's, and with the pattern "anchor" the anchor is the row's first
+    token for the flex engine, every document's first token for the flash engine.
+
+    Args:
+        engine: "flash", "flex" or "reference".
+        pattern: a key of `attention.patterns.PATTERNS`; a batch packed for another one is an error.
+        kernel: a flash kernel's name, or None for the fastest where the model runs.
+
+    Raises:
+        ValueError: an unknown name, or a model whose attention the engines do not compute.
+    """
+    check_engine_and_pattern(engine, pattern)
+    set_attention(model, _engine_on_first_use(engine, kernel))
+
+    def complete_call(_module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:  # (B, S, hidden): only its shape and device count here
+            tokens = kwargs["inputs_embeds"][..., 0]
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                "a patched model trains and scores whole rows; to generate, save it and load it "
+                "with AutoModelForCausalLM"
+            )
+        layout = kwargs.get("layout")
+        if layout is None:
+            layout = _layout_of_call(tokens, kwargs, engine=engine, pattern=pattern)
+        elif layout.pattern != pattern:
+            raise ValueError(
+                f"the batch was packed for the pattern {layout.pattern!r}, the model patched for "
+                f"{pattern!r}; give AnchorDataCollator and patch_model the same"
+            )
+        layout = layout.to(tokens.device)
+        return args, kwargs | {"layout": layout, "position_ids": layout.position_ids}
+
+    model.register_forward_pre_hook(complete_call, with_kwargs=True)
+    return model
+
+
+def check_engine_and_pattern(engine: str, pattern: str) -> None:
+    """Raise `ValueError` unless both names exist."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine {engine!r} is unknown; choose from {list(ENGINES)}")
+    check_pattern(pattern, default_anchor_placement(pattern, engine))
+
+
+def _engine_on_first_use(name: str, kernel: str | None) -> Callable[..., Tensor]:
+    """Trainers move and cast a model after it was patched, so the kernel is chosen at the first call."""
+    engines = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, **settings) -> Tensor:
+        place = (q.device, q.dtype)
+        if place not in engines:
+            engines[place] = make_engine(name, device=q.device, dtype=q.dtype, kernel=kernel)
+            logger.info("attention on %s in %s: %s", q.device, q.dtype, engines[place])
+        return engines[place].attend(q, k, v, layout, **settings)
+
+    return attend
+
+
+def _layout_of_call(
+    tokens: Tensor, kwargs: dict[str, Any], *, engine: str, pattern: str
+) -> DocumentLayout:
+    """The layout of a call that has none, from its boundaries or packed positions."""
+    starts = document_starts(
+        batch_size=tokens.shape[0],
+        row_length=tokens.shape[1],
+        cu_seqlens=kwargs.get("cu_seq_lens_q"),
+        position_ids=kwargs.get("position_ids"),
+    )
+    if starts is None:
+        raise ValueError(
+            "this model attends by document, and the call does not say where documents are: use "
+            "AnchorDataCollator (it adds `layout`), or pass cu_seq_lens_q, or position_ids that "
+            "restart at 0 with every document"
+        )
+    placement = default_anchor_placement(pattern, engine)
+    if placement == "per_document":
+        firsts = tokens.flatten()[torch.from_numpy(starts).to(tokens.device)]
+        if (firsts != firsts[0]).any():
+            raise ValueError(
+                f"with the {engine} engine every document must start with the anchor token, but "
+                f"these rows' documents start with the tokens {firsts.unique().tolist()[:8]}: use "
+                "AnchorDataCollator (it places the anchors), or engine='flex', which shares the "
+                "row's first token"
+            )
+    return layout_of_starts(starts, like=tokens, pattern=pattern, anchor_placement=placement)
+
+
+class AnchorDataCollator:
+    """Documents, or rows of documents, -> the inputs of a patched model.
+
+    A feature with `seq_lengths` (TRL's packing writes it) is one row of documents of these lengths;
+    rows are padded to the longest. Features without it are documents, and all of them together make
+    one row: no padding, nothing cut. Anchors are placed as the engine computes them best, one at the
+    start of every document (an anchor that is already there is not doubled) or one per row:
+
+        tokens         ^  a  b  ^  c  d  e       (two documents, per-document anchors)
+        labels        -100 a  b -100 c  d  e      transformers' form: the token itself, if a target
+        shift_labels   a  b -100 c  d  e -100     the target of each position: its document's next token
+        position_ids   0  1  2  0  4  5  6
+
+    Returns `input_ids, labels, shift_labels, position_ids`, each (B, S) int64, and `layout`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        engine: str = "flash",
+        pattern: str = "anchor",
+    ):
+        """`engine` and `pattern` as given to `patch_model`.
+
+        Raises:
+            ValueError: an unknown name, or a tokenizer with neither BOS nor EOS for the anchor.
+        """
+        check_engine_and_pattern(engine, pattern)
+        self.pattern = pattern
+        self.anchor_placement = default_anchor_placement(pattern, engine)
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.anchor = eos if bos is None else bos
+        if self.anchor is None and self.anchor_placement != "none":
+            raise ValueError(
+                "the tokenizer has neither a BOS nor an EOS token to serve as the anchor; set "
+                "tokenizer.bos_token, or use pattern='intra_doc'"
+            )
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Raises `ValueError` for padded features and for `seq_lengths` that do not add up."""
+        if any("seq_lengths" in feature for feature in features):
+            rows = [_documents(feature) for feature in features]
+        else:
+            rows = [[document for feature in features for document in _documents(feature)]]
+        rows = [self._with_anchors(row) for row in rows]
+
+        row_length = max(sum(len(ids) for ids, _ in row) for row in rows)
+        input_ids = np.zeros((len(rows), row_length), dtype=np.int64)  # padding: any token will do
+        labels = np.full((len(rows), row_length), IGNORE_INDEX, dtype=np.int64)
+        starts = []
+        for number, row in enumerate(rows):
+            edges = np.cumsum([0] + [len(ids) for ids, _ in row])
+            input_ids[number, : edges[-1]] = np.concatenate([ids for ids, _ in row])
+            labels[number, : edges[-1]] = np.concatenate([targets for _, targets in row])
+            starts.append(edges[edges < row_length] + number * row_length)  # padding is the last
+        shift_labels = np.full_like(labels, IGNORE_INDEX)
+        shift_labels[:, :-1] = labels[:, 1:]
+
+        layout = make_layout(
+            np.concatenate(starts),
+            batch_size=len(rows),
+            row_length=row_length,
+            pattern=self.pattern,
+            anchor_placement=self.anchor_placement,
+        )
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "shift_labels": torch.from_numpy(shift_labels),
+            "position_ids": layout.position_ids,
+            "layout": layout,
+        }
+
+    def _with_anchors(self, row: list[Document]) -> list[Document]:
+        """The row's documents with anchors placed, and first tokens that nothing predicts untargeted."""
+        per_document = self.anchor_placement == "per_document"
+        placed = [] if self.anchor_placement != "shared" else [_document([self.anchor])]
+        for ids, labels in row:
+            if self.anchor_placement == "shared" and ids[0] == self.anchor:
+                ids, labels = ids[1:], labels[1:]  # the row's anchor stands for it
+            if per_document and ids[0] != self.anchor:
+                ids, labels = np.append(self.anchor, ids), np.append(IGNORE_INDEX, labels)
+            if len(ids):
+                placed.append((ids, np.append(IGNORE_INDEX, labels[1:])))
+        return placed
+
+
+Document = tuple[np.ndarray, np.ndarray]
+"""Token ids and labels (a token that is a target has itself as label), both (length,) int64."""
+
+
+def _document(ids: Sequence[int], labels: Sequence[int] | None = None) -> Document:
+    ids = np.asarray(ids, dtype=np.int64)
+    return ids, ids.copy() if labels is None else np.asarray(labels, dtype=np.int64)
+
+
+def _documents(feature: Mapping[str, Any]) -> list[Document]:
+    """The documents of one feature: `input_ids`, perhaps `labels` and `seq_lengths`."""
+    ids, labels = _document(feature["input_ids"], feature.get("labels"))
+    if not np.all(feature.get("attention_mask", 1)):
+        raise ValueError(
+            "AnchorDataCollator takes documents without padding: tokenize with padding=False"
+        )
+    lengths = np.asarray(feature.get("seq_lengths", [len(ids)]), dtype=np.int64)
+    if lengths.sum() != len(ids) or len(labels) != len(ids):
+        raise ValueError(
+            f"a row of {len(ids)} tokens has {len(labels)} labels and seq_lengths "
+            f"{lengths.tolist()} that add up to {lengths.sum()}; all three must agree"
+        )
+    cuts = np.cumsum(lengths)[:-1]
+    pieces = zip(np.split(ids, cuts), np.split(labels, cuts), strict=True)
+    return [(i, t) for i, t in pieces if len(i)]

@@ -1,0 +1,259 @@
+"""`patch_model` and `AnchorDataCollator`: what somebody else's training script gets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.data.data_collator import DataCollatorWithFlattening
+
+from anchor_context import AnchorDataCollator, patch_model
+from anchor_context.attention.patterns import mask_predicate
+from anchor_context.layout import IGNORE_INDEX as NO
+from anchor_context.packed import document_starts
+
+BOS = 1
+TOKENIZER = SimpleNamespace(bos_token_id=BOS, eos_token_id=2, pad_token_id=None)
+DOCUMENTS = [[BOS, 11, 12, 13], [14, 15], [BOS, 16, 17, 18, 19]]
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.5,  # sharp attention: a wrong mask is a large difference
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+def dense_logits(model, input_ids, layout) -> torch.Tensor:
+    """transformers' own dense attention, given the pattern's mask and positions: the independent way."""
+    index = torch.arange(input_ids.shape[1])
+    batch = torch.arange(input_ids.shape[0])[:, None, None]
+    visible = mask_predicate(layout)(batch, torch.tensor(0), index[:, None], index[None, :])
+    mask = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -1e300)
+    model.set_attn_implementation("sdpa")  # eager rounds its softmax to float32
+    with torch.no_grad():
+        return model(
+            input_ids,
+            position_ids=layout.position_ids,
+            attention_mask=mask[:, None],
+            use_cache=False,
+        ).logits
+
+
+def features(documents=DOCUMENTS):
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in documents]
+
+
+# --- the collator ---------------------------------------------------------------------------------
+
+
+def test_documents_make_one_row_with_an_anchor_each():
+    batch = AnchorDataCollator(TOKENIZER, engine="flash")(features())
+    assert batch["input_ids"].tolist() == [[1, 11, 12, 13, 1, 14, 15, 1, 16, 17, 18, 19]]
+    assert batch["labels"].tolist() == [[NO, 11, 12, 13, NO, 14, 15, NO, 16, 17, 18, 19]]
+    assert batch["shift_labels"].tolist() == [[11, 12, 13, NO, 14, 15, NO, 16, 17, 18, 19, NO]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 5, 6, 0, 8, 9, 10, 11]]
+    assert batch["layout"].cu_seqlens.tolist() == [0, 4, 7, 12]
+
+
+def test_documents_share_one_anchor_for_flex():
+    batch = AnchorDataCollator(TOKENIZER, engine="flex")(features())
+    assert batch["input_ids"].tolist() == [[1, 11, 12, 13, 14, 15, 16, 17, 18, 19]]
+    assert batch["shift_labels"].tolist() == [[NO, 12, 13, NO, 15, NO, 17, 18, 19, NO]]
+    assert batch["position_ids"].tolist() == [list(range(10))]
+    assert batch["layout"].cu_seqlens.tolist() == [0, 1, 4, 6, 10]
+
+
+def test_packed_rows_stay_rows_and_are_padded():
+    rows = [
+        {"input_ids": [3, 4, 5, 6, 7], "seq_lengths": [2, 3]},
+        {"input_ids": [8, 9], "seq_lengths": [2], "labels": [8, NO]},
+    ]
+    batch = AnchorDataCollator(TOKENIZER, pattern="intra_doc_reset")(rows)
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7], [8, 9, 0, 0, 0]]
+    assert batch["shift_labels"].tolist() == [[4, NO, 6, 7, NO], [NO] * 5]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]
+    assert batch["layout"].cu_seqlens.tolist() == [0, 2, 5, 7, 10]
+
+
+def test_labels_of_the_feature_are_kept_under_an_added_anchor():
+    feature = {"input_ids": [5, 6, 7], "labels": [NO, NO, 7]}
+    batch = AnchorDataCollator(TOKENIZER)([feature])
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 7]]
+    assert batch["shift_labels"].tolist() == [[NO, NO, 7, NO]]
+
+
+def test_the_anchor_is_eos_where_there_is_no_bos():
+    qwen = SimpleNamespace(bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    assert AnchorDataCollator(qwen)([{"input_ids": [5]}])["input_ids"].tolist() == [[2, 5]]
+    neither = SimpleNamespace(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    with pytest.raises(ValueError, match="BOS"):
+        AnchorDataCollator(neither)
+    AnchorDataCollator(neither, pattern="intra_doc")  # needs none
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ({"input_ids": [3, 4], "attention_mask": [1, 0]}, "padding"),
+        ({"input_ids": [3, 4], "seq_lengths": [3]}, "add up to 3"),
+        ({"input_ids": [3, 4], "labels": [3]}, "1 labels"),
+    ],
+)
+def test_bad_features_are_named(feature, message):
+    with pytest.raises(ValueError, match=message):
+        AnchorDataCollator(TOKENIZER)([feature])
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["anchor", "intra_doc", "intra_doc_reset", "full"])
+@pytest.mark.parametrize("engine", ["flash", "flex"])
+def test_a_patched_model_computes_the_pattern(engine, pattern):
+    rows = [
+        {"input_ids": [*chain(*DOCUMENTS)], "seq_lengths": [4, 2, 5]},
+        {"input_ids": [20, 21, 22], "seq_lengths": [3]},
+    ]
+    batch = AnchorDataCollator(TOKENIZER, engine=engine, pattern=pattern)(rows)
+    layout = batch["layout"]
+    model = tiny_llama()
+    expected = dense_logits(model, batch["input_ids"], layout)
+    plain = model(batch["input_ids"]).logits
+    patch_model(model, engine=engine, pattern=pattern)
+    out = model(**batch)
+    torch.testing.assert_close(out.logits, expected, rtol=0, atol=1e-10)
+    own_loss = torch.nn.functional.cross_entropy(
+        expected.flatten(0, 1).float(), batch["shift_labels"].flatten()
+    )
+    torch.testing.assert_close(out.loss, own_loss)
+    if pattern != "full":  # the case is not vacuous
+        assert (plain - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("stated_by", ["cu_seq_lens_q", "position_ids"])
+def test_boundaries_of_other_collators_are_read(stated_by):
+    """transformers' padding-free collator, with boundaries and without."""
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=stated_by == "cu_seq_lens_q")
+    batch = flatten([{"input_ids": ids} for ids in DOCUMENTS])
+    assert (batch.get("cu_seq_lens_q") is not None) == (stated_by == "cu_seq_lens_q")
+    model = patch_model(tiny_llama(), engine="flex", pattern="anchor")
+    logits = model(**batch).logits
+
+    # By hand: own document and the row's first token, at the tokens' own indices.
+    document = torch.tensor([0] * 4 + [1] * 2 + [2] * 5)
+    index = torch.arange(11)
+    own = document[:, None] == document[None, :]
+    visible = (index[:, None] >= index) & (own | (index == 0))
+    mask = torch.zeros(11, 11, dtype=torch.float64).masked_fill(~visible, -1e300)
+    plain = tiny_llama()
+    plain.set_attn_implementation("sdpa")
+    expected = plain(
+        batch["input_ids"], position_ids=index[None], attention_mask=mask[None, None]
+    ).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_flash_without_anchors_is_refused_and_says_how():
+    batch = DataCollatorWithFlattening()([{"input_ids": ids} for ids in DOCUMENTS])
+    model = patch_model(tiny_llama(), engine="flash", pattern="anchor")
+    with pytest.raises(ValueError, match="AnchorDataCollator"):
+        model(**batch)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"attention_mask": torch.tensor([[0, 0, 1, 1]])},
+        {"position_ids": torch.tensor([[1, 1, 0, 1]])},  # left padding
+    ],
+)
+def test_a_call_without_boundaries_is_an_error(call):
+    model = patch_model(tiny_llama())
+    with pytest.raises(ValueError, match="does not say where documents are"):
+        model(input_ids=torch.tensor([[1, 2, 3, 4]]), **call)
+
+
+def test_mismatches_are_errors():
+    with pytest.raises(ValueError, match="engine 'fast'"):
+        patch_model(tiny_llama(), engine="fast")
+    with pytest.raises(ValueError, match="pattern 'mine'"):
+        patch_model(tiny_llama(), pattern="mine")
+    model = patch_model(tiny_llama(), pattern="intra_doc")
+    with pytest.raises(ValueError, match="packed for the pattern 'anchor'"):
+        model(**AnchorDataCollator(TOKENIZER)(features()))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    batch = AnchorDataCollator(TOKENIZER)(features())
+    losses = []
+    for checkpointing in (False, True):
+        model = patch_model(tiny_llama()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append((loss, model.model.layers[0].self_attn.k_proj.weight.grad))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_autocast_leaves_no_mixed_types():
+    """Under autocast rotary embeddings return float32 queries beside bfloat16 values."""
+    batch = AnchorDataCollator(TOKENIZER)(features())
+    model = patch_model(tiny_llama().float())
+    exact = model(**batch).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert abs(loss - exact) / exact < 0.05
+    assert model.lm_head.weight.grad.isfinite().all()
+
+
+# --- boundaries in a call -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("positions", "starts"),
+    [
+        ([[0, 1, 2, 0, 1]], [0, 3]),
+        ([[0, 1, 2, 0, 4]], [0, 3]),  # per-document anchors: a jump is not a restart
+        ([[0, 0, 0]], [0, 1, 2]),
+        ([[0, 1, 2], [0, 1, 0]], [0, 3, 5]),
+        ([[1, 2, 3]], None),
+        ([[1, 1, 0, 1]], None),
+        ([[0, 1, 5, 3]], None),
+    ],
+)
+def test_packed_positions(positions, starts):
+    positions = torch.tensor(positions)
+    found = document_starts(
+        batch_size=positions.shape[0], row_length=positions.shape[1], position_ids=positions
+    )
+    assert (None if found is None else found.tolist()) == starts
+
+
+def test_boundaries_leave_padding_and_row_ends():
+    starts = document_starts(batch_size=2, row_length=4, cu_seqlens=torch.tensor([0, 3, 6]))
+    assert starts.tolist() == [0, 3, 4, 6]
+    with pytest.raises(ValueError, match="rise from 0 to at most 8"):
+        document_starts(batch_size=2, row_length=4, cu_seqlens=torch.tensor([0, 9]))
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, anchor_context; assert 'torch' not in sys.modules; anchor_context.patch_model"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
