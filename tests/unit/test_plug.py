@@ -41,6 +41,7 @@ def dense_logits(model, input_ids, layout) -> torch.Tensor:
     index = torch.arange(input_ids.shape[1])
     batch = torch.arange(input_ids.shape[0])[:, None, None]
     visible = mask_predicate(layout)(batch, torch.tensor(0), index[:, None], index[None, :])
+    visible = visible.expand(input_ids.shape[0], -1, -1)
     mask = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -1e300)
     model.set_attn_implementation("sdpa")  # eager rounds its softmax to float32
     with torch.no_grad():
