@@ -1,0 +1,42 @@
+"""Prints the short summary of a run: `python -m anchor_context.summary OUTPUT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from anchor_context.metrics import read_metrics
+
+
+def summary(output: Path) -> str:
+    """What the run in `output` did, in a few lines, from its `args.json` and `metrics.jsonl`."""
+    arguments = json.loads((output / "args.json").read_text())
+    records = read_metrics(output / "metrics.jsonl")
+    data = arguments["data"]
+    lines = [
+        f"run      {output} ({arguments['flags']['attention_pattern']}, {arguments['layout']})"
+    ]
+    if records:
+        speeds = sorted(record["tokens_per_second"] for record in records)
+        lines += [
+            f"loss     {records[0]['loss']:.3f} -> {records[-1]['loss']:.3f} in {records[-1]['step']} steps",
+            f"speed    {speeds[len(speeds) // 2]:,.0f} tokens/s (median)",
+        ]
+    lines.append(
+        f"data     {data['documents']:,} documents, all {data['document_tokens']:,} tokens kept "
+        f"in {data['rows']:,} rows ({data['skipped_documents']:,} documents skipped)"
+    )
+    models = sorted(output.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    lines += [
+        f"model    {models[-1] if models else 'none yet'}",
+        f"plot     {output / 'loss.png'}",
+        f"metrics  {output / 'metrics.jsonl'}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    print(summary(parser.parse_args().output))

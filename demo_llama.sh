@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Sets up and trains. On a machine without a GPU: a tiny LLaMA on two CPU processes, with DeepSpeed ZeRO-3,
+# Ulysses and AnchorAttention, on the Python standard library's source code. With GPUs: on all of them.
+#
+# From the environment: MODEL DATASET DATA_FORMAT SEQ_LENGTH ENGINE PARALLEL_MODE NPROC MAX_STEPS OUTPUT;
+# further flags of train.py go behind the command: bash demo_llama.sh --attention_pattern full
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source setup.sh
+
+# Debugging: uncomment, start, and attach VS Code with "Attach to train.py" (see README).
+# export DEBUGPY=1
+
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+OUTPUT=${OUTPUT:-output/demo_llama}
+SEQ_LENGTH=${SEQ_LENGTH:-4096}
+MAX_STEPS=${MAX_STEPS:-60}
+PARALLEL_MODE=${PARALLEL_MODE:-ulysses_attn}
+ENGINE=${ENGINE:-flash}
+DATA_FORMAT=${DATA_FORMAT:-raw_json}
+if [ "$GPUS" -gt 0 ]; then
+    NPROC=${NPROC:-$GPUS} CONFIG=accelerate_configs/single_node.yaml PRECISION=bf16
+    # The tiny model has four heads: Ulysses splits them over at most four GPUs.
+    if [ -z "${MODEL:-}" ] && [ "$NPROC" -gt 4 ]; then NPROC=4; fi
+else
+    NPROC=${NPROC:-2} CONFIG=accelerate_configs/cpu.yaml PRECISION=no
+fi
+
+if [ -e "$OUTPUT/args.json" ]; then
+    echo "$OUTPUT holds an earlier run; nothing was resumed and nothing overwritten:"
+    python -m anchor_context.summary "$OUTPUT"
+    echo "Continue it with    bash demo_llama.sh --resume auto   (and a larger MAX_STEPS)"
+    echo "or start another    OUTPUT=output/another bash demo_llama.sh"
+    [[ " $* " == *" --resume "* ]] || exit 0
+fi
+if [ -z "${MODEL:-}" ] || [ -z "${DATASET:-}" ]; then
+    [ -e output/demo_data/model/config.json ] || python -m anchor_context.demo output/demo_data
+fi
+MODEL=${MODEL:-output/demo_data/model}
+DATASET=${DATASET:-output/demo_data/documents.jsonl}
+
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+accelerate launch --config_file "$CONFIG" --num_processes "$NPROC" train.py \
+    --model_name_or_path "$MODEL" \
+    --dataset "$DATASET" \
+    --data-format "$DATA_FORMAT" \
+    --seq-length "$SEQ_LENGTH" \
+    --attn_engine "$ENGINE" \
+    --parallel_mode "$PARALLEL_MODE" \
+    --mixed_precision "$PRECISION" \
+    --max-train-steps "$MAX_STEPS" \
+    --learning-rate 2e-3 \
+    --lr_scheduler_type cosine \
+    --warmup_steps 5 \
+    --output-dir "$OUTPUT" \
+    "$@"
+python -m anchor_context.summary "$OUTPUT"
+
+# The real thing, LLaMA-2-7B at 65,536 tokens on one machine with 8 GPUs:
+#
+# accelerate launch --config_file accelerate_configs/single_node.yaml train.py \
+#     --model_name_or_path meta-llama/Llama-2-7b-hf --rope-theta 1000000 \
+#     --dataset 'data/slimpajama-packed-256k/*.jsonl' --data-format tokenized --seq-length 65536 \
+#     --attn_engine flash --parallel_mode ulysses_attn --gradient_checkpointing full \
+#     --batch-size 1 --gradient-accumulate-every 8 --max-train-steps 2000 --learning-rate 2e-5 \
+#     --checkpoint_every 100 --resume auto --output-dir output/llama-2-7b-64k
+#
+# On two machines, on each of them (RANK_OF_MACHINE 0 on the first, 1 on the second):
+#
+# accelerate launch --config_file accelerate_configs/two_node.yaml \
+#     --machine_rank $RANK_OF_MACHINE --main_process_ip $FIRST_MACHINE --main_process_port 29500 train.py \
+#     … the same flags, with --parallel_mode hybrid_attn --ulysses_degree 8 --ring_degree 2

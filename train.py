@@ -1,0 +1,605 @@
+"""Train a Hugging Face LLaMA, Mistral or Qwen model on long rows of packed documents with AnchorAttention.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes 2 train.py \\
+        --model_name_or_path MODEL --dataset 'data/*.jsonl' --seq-length 4096 --output-dir output/run
+
+Reads straight down: flags, checks, distributed, data, model, optimiser, resume, loop, save. What it computes
+is in `anchor_context/attention/patterns.py`; follow a batch from `data/packing.py` over
+`data/loader.py` and `models.py` to `loss.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import partial
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from termcolor import colored
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    get_scheduler,
+)
+
+from anchor_context.attention.patterns import check_pattern
+from anchor_context.data.loader import make_loader
+from anchor_context.data.packing import PreparedRows, prepare_rows
+from anchor_context.engine import default_anchor_placement, make_engine
+from anchor_context.loss import CausalLMWithLoss, check_head, liger_available
+from anchor_context.metrics import MetricsFile, ModelWork, peak_flops, peak_memory_bytes, plot_loss
+from anchor_context.models import check_scores, set_attention
+from anchor_context.parallel.groups import RankGrid, make_grid, make_groups
+from anchor_context.parallel.shard import check_row_length, shard_batch
+from anchor_context.parallel.ulysses import check_heads
+from anchor_context.rope.scaling import apply_rope_settings
+from anchor_context.util import setup_debugpy
+
+# --------------------------------------------------------------------------------------------------
+# Flags. Dashes and underscores are the same: --seq-length and --seq_length.
+
+
+@dataclass
+class Flags:
+    # Model
+    model_name_or_path: str = field(
+        metadata={"help": "a Hugging Face model: a folder, or a hub name"}
+    )
+    model_max_position_embeddings: int | None = field(
+        default=None,
+        metadata={
+            "help": "context length to record in the model; default: its own, or the row length"
+        },
+    )
+    rope_theta: float | None = field(
+        default=None, metadata={"help": "RoPE base; default: the model's own"}
+    )
+    rope_scaling_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] | None = field(
+        default=None, metadata={"help": "RoPE scaling; default: the model's own"}
+    )
+    rope_scaling_factor: float | None = field(
+        default=None, metadata={"help": "how far the scaling stretches"}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run Python code that comes with the model"}
+    )
+
+    # Data
+    dataset: str = field(
+        default="", metadata={"help": "files, globs or folders of JSON lines, separated by commas"}
+    )
+    data_format: Literal["raw_json", "tokenized"] = field(
+        default="raw_json",
+        metadata={"help": '{"text": …} lines, or pre-tokenised rows with document ends'},
+    )
+    seq_length: int = field(default=65536, metadata={"help": "tokens per row"})
+    skip_bad_documents: bool = field(
+        default=False, metadata={"help": "skip and count faulty documents"}
+    )
+    cache_dir: str = field(
+        default="~/.cache/anchor_context", metadata={"help": "where prepared rows are kept"}
+    )
+
+    # Attention
+    attention_pattern: Literal["anchor", "intra_doc", "intra_doc_reset", "full"] = field(
+        default="anchor", metadata={"help": "who sees whom, see README"}
+    )
+    anchor_placement: Literal["auto", "per_document", "shared"] = field(
+        default="auto", metadata={"help": "auto: what the engine computes best"}
+    )
+    attn_engine: Literal["flash", "flex"] = field(
+        default="flash", metadata={"help": "what computes the pattern"}
+    )
+    attn_kernel: Literal["flash_attn", "torch_varlen", "torch_cpu"] | None = field(
+        default=None,
+        metadata={"help": "force a kernel of the flash engine; default: the fastest that runs"},
+    )
+
+    # Parallelism
+    parallel_mode: Literal["data_parallel", "ulysses_attn", "ring_attn", "hybrid_attn"] = field(
+        default="data_parallel", metadata={"help": "how ranks share the work"}
+    )
+    ulysses_degree: int | None = field(
+        default=None, metadata={"help": "ranks that split the heads"}
+    )
+    ring_degree: int | None = field(default=None, metadata={"help": "ranks that split the row"})
+
+    # Optimisation
+    batch_size: int = field(default=1, metadata={"help": "rows in a micro-batch"})
+    gradient_accumulate_every: int = field(default=1, metadata={"help": "micro-batches per step"})
+    max_train_steps: int | None = field(
+        default=None, metadata={"help": "optimiser steps; default: one epoch"}
+    )
+    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "after the warm-up; linear and cosine end at 0"}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, on matrices only"})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "clip the global gradient norm to this"}
+    )
+    mixed_precision: Literal["no", "bf16"] = field(
+        default="bf16", metadata={"help": "no: float32 throughout"}
+    )
+    gradient_checkpointing: Literal["none", "full", "offload"] = field(
+        default="none",
+        metadata={"help": "recompute layers in backward; offload keeps their inputs in CPU memory"},
+    )
+    seed: int = field(default=42, metadata={"help": "of the row order and of everything random"})
+
+    # Output
+    output_dir: str = field(
+        default="output/run", metadata={"help": "everything that the run writes"}
+    )
+    resume: str = field(default="never", metadata={"help": "auto, never, or a checkpoint's path"})
+    checkpoint_every: int | None = field(
+        default=None, metadata={"help": "steps between checkpoints to resume from"}
+    )
+    save_per_hours: float | None = field(
+        default=None, metadata={"help": "hours between checkpoints to resume from"}
+    )
+    saving_interval: int | None = field(
+        default=None, metadata={"help": "steps between models to use"}
+    )
+    min_steps_for_save: int = field(
+        default=0, metadata={"help": "no model to use before this step"}
+    )
+    logging_steps: int = field(default=1, metadata={"help": "steps between lines of the log"})
+    wandb: str | None = field(
+        default=None, metadata={"help": "log to this Weights & Biases project"}
+    )
+    tensorboard: bool = field(
+        default=False, metadata={"help": "log for TensorBoard in the output folder"}
+    )
+
+
+def main(flags: Flags) -> None:
+    # ----------------------------------------------------------------------------------------------
+    # Checks: everything that can be known before any heavy work.
+
+    check_flags(flags)
+    output = Path(flags.output_dir)
+    check_output_is_free(output, flags)
+    grid = plan_grid(flags)
+    check_row_length(flags.seq_length, grid)
+    placement = flags.anchor_placement
+    if placement == "auto" or flags.attention_pattern != "anchor":
+        placement = default_anchor_placement(flags.attention_pattern, flags.attn_engine)
+    check_pattern(flags.attention_pattern, placement)
+
+    config = AutoConfig.from_pretrained(
+        flags.model_name_or_path, trust_remote_code=flags.trust_remote_code
+    )
+    check_model(config, flags, grid)
+    apply_rope_settings(
+        config,
+        row_length=flags.seq_length,
+        rope_theta=flags.rope_theta,
+        rope_scaling_type=flags.rope_scaling_type,
+        rope_scaling_factor=flags.rope_scaling_factor,
+        model_max_position_embeddings=flags.model_max_position_embeddings,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(
+        flags.model_name_or_path, trust_remote_code=flags.trust_remote_code
+    )
+
+    # ----------------------------------------------------------------------------------------------
+    # Distributed: Accelerate starts DeepSpeed; the grid says which rank holds which part of a row.
+
+    trackers = ["wandb"] * (flags.wandb is not None) + ["tensorboard"] * flags.tensorboard
+    accelerator = Accelerator(
+        mixed_precision=flags.mixed_precision,
+        gradient_accumulation_steps=flags.gradient_accumulate_every,
+        log_with=trackers,
+        project_dir=flags.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
+    )
+    deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
+    deepspeed_config["train_micro_batch_size_per_gpu"] = flags.batch_size
+    deepspeed_config["gradient_clipping"] = flags.max_grad_norm
+    device, rank, world_size = (
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    setup_debugpy(accelerator)
+    set_seed(flags.seed)  # the same on every rank: the weights of a new model must agree
+
+    ring_group, ulysses_group = make_groups(grid, rank=rank, world_size=world_size)
+    dtype = torch.bfloat16 if flags.mixed_precision == "bf16" else torch.float32
+    engine = make_engine(
+        flags.attn_engine,
+        device=device,
+        dtype=dtype,
+        kernel=flags.attn_kernel,
+        grid=grid,
+        ring_group=ring_group,
+        ulysses_group=ulysses_group,
+    )
+
+    # ----------------------------------------------------------------------------------------------
+    # Data: documents are packed into rows once; afterwards the rows are memory-mapped.
+
+    prepared = prepare_rows(
+        flags.dataset,
+        data_format=flags.data_format,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        row_length=flags.seq_length,
+        anchor_placement=placement,
+        cache_dir=Path(flags.cache_dir).expanduser(),
+        skip_bad_documents=flags.skip_bad_documents,
+    )
+    rows_per_step = flags.batch_size * flags.gradient_accumulate_every * grid.data_degree
+    max_steps = flags.max_train_steps or -(-len(prepared) // rows_per_step)
+    one_epoch = None if flags.max_train_steps else len(prepared)
+
+    # ----------------------------------------------------------------------------------------------
+    # Model: a Hugging Face model whose attention is the engine's, under a module that returns the loss.
+
+    model = AutoModelForCausalLM.from_pretrained(
+        flags.model_name_or_path,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=flags.trust_remote_code,
+    )
+    set_attention(model, engine.attend)
+    if flags.gradient_checkpointing != "none":
+        model.activation_checkpointing_enable(offload=flags.gradient_checkpointing == "offload")
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    work = ModelWork.of(config, parameters=parameters)
+    model.train()
+
+    # ----------------------------------------------------------------------------------------------
+    # Optimiser: AdamW under DeepSpeed ZeRO. The schedule counts optimiser steps, whatever the ranks.
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, weight_decay=flags.weight_decay),
+        lr=flags.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    scheduler = get_scheduler(
+        flags.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=flags.warmup_steps,
+        num_training_steps=max_steps,
+    )
+    model = CausalLMWithLoss(model, fused=liger_available(device))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    check_rotary_precision(model)
+
+    # ----------------------------------------------------------------------------------------------
+    # Resume.
+
+    step, tokens_seen = 0, 0
+
+    # ----------------------------------------------------------------------------------------------
+    # The record of the run.
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        record_run(output, flags, engine=engine, prepared=prepared, placement=placement)
+        metrics = MetricsFile(output / "metrics.jsonl", keep_steps=step)
+        describe_run(flags, engine, prepared, parameters, max_steps, rows_per_step)
+    if trackers:
+        accelerator.init_trackers(flags.wandb or "anchor_context", config=asdict(flags))
+
+    # ----------------------------------------------------------------------------------------------
+    # The loop. A step's loss is the sum over all its targets on all ranks over their number. DeepSpeed
+    # averages gradients over ranks, so each rank's sum is scaled by world_size / targets.
+
+    loader = make_loader(
+        prepared,
+        pattern=flags.attention_pattern,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+        accumulation=flags.gradient_accumulate_every,
+        data_rank=grid.data_rank,
+        data_degree=grid.data_degree,
+        first_row=step * rows_per_step,
+        total_rows=one_epoch,
+        transform=partial(shard_batch, grid=grid),
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(loader)
+    peak = peak_flops(device)
+    progress = tqdm(
+        total=max_steps,
+        initial=step,
+        desc="training",
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
+    unlogged: list[dict] = []  # steps whose tensors nobody has waited for yet
+    window_start, data_wait = time.perf_counter(), 0.0
+
+    while step < max_steps:
+        step_loss = torch.zeros((), dtype=torch.float64, device=device)
+        for _ in range(flags.gradient_accumulate_every):
+            waiting_since = time.perf_counter()
+            batch = next(batches)
+            data_wait += time.perf_counter() - waiting_since
+            inputs = {
+                k: batch[k].to(device, non_blocking=True)
+                for k in ("input_ids", "position_ids", "labels")
+            }
+            with accelerator.accumulate(model):
+                loss_sum, _ = model(**inputs, layout=batch["layout"].to(device, non_blocking=True))
+                accelerator.backward(
+                    loss_sum * (world_size / batch["step_targets"]), scale_wrt_gas=False
+                )
+            step_loss += loss_sum.detach()
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        step += 1
+        tokens_seen += batch["step_tokens"]
+        unlogged.append(
+            {
+                "step": step,
+                "loss": step_loss,
+                "learning_rate": learning_rate,
+                "grad_norm": model.get_global_grad_norm(),
+                "target_tokens": batch["step_targets"],
+                "tokens_seen": tokens_seen,
+                "tokens": batch["step_tokens"],
+                "pairs": batch["step_pairs"],
+            }
+        )
+        progress.update()
+
+        if step % flags.logging_steps == 0 or step == max_steps:
+            # The only wait for the device in the loop.
+            losses = accelerator.reduce(torch.stack([s["loss"] for s in unlogged]), "sum").tolist()
+            now = time.perf_counter()
+            step_seconds = (now - window_start) / len(unlogged)
+            wait_share = data_wait / (now - window_start)
+            window_start, data_wait = now, 0.0
+            for entry, loss in zip(unlogged, losses, strict=True):
+                tokens, pairs = entry.pop("tokens"), entry.pop("pairs")
+                rows_pairs = rows_per_step * flags.seq_length * (flags.seq_length + 1) // 2
+                record = entry | {
+                    "loss": loss / entry["target_tokens"],
+                    "grad_norm": float(entry["grad_norm"]),
+                    "step_seconds": step_seconds,
+                    "tokens_per_second": tokens / step_seconds,
+                    "peak_memory_bytes": peak_memory_bytes(device),
+                    "mfu": None,
+                    "mfu_if_full_causal": None,
+                    "data_wait_share": wait_share,
+                }
+                if peak is not None:
+                    available = peak * world_size * step_seconds
+                    record["mfu"] = work.flops(tokens=tokens, pairs=pairs) / available
+                    record["mfu_if_full_causal"] = (
+                        work.flops(tokens=tokens, pairs=rows_pairs) / available
+                    )
+                if accelerator.is_main_process:
+                    metrics.append(record)
+                accelerator.log(
+                    {k: v for k, v in record.items() if v is not None}, step=entry["step"]
+                )
+            unlogged.clear()
+            progress.set_postfix_str(
+                f"loss {record['loss']:.4f}, lr {learning_rate:.2e}, "
+                f"{record['tokens_per_second']:,.0f} tokens/s, data wait {wait_share:.0%}"
+            )
+
+        if save_model_now(flags, step, max_steps):
+            save_model(accelerator, model, tokenizer, output / f"step-{step}")
+
+    # ----------------------------------------------------------------------------------------------
+    # The end.
+
+    progress.close()
+    if accelerator.is_main_process:
+        plot_loss(output / "metrics.jsonl", output / "loss.png")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+# --------------------------------------------------------------------------------------------------
+# The parts, in the order of their use.
+
+
+def check_flags(flags: Flags) -> None:
+    """Raise `ValueError` for a flag's value, or a combination, that cannot work."""
+    if not flags.dataset:
+        raise ValueError("--dataset is missing: name files, globs or folders of JSON lines")
+    for name in ("seq_length", "batch_size", "gradient_accumulate_every", "logging_steps"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name} {getattr(flags, name)} must be at least 1")
+    if flags.seq_length < 2:
+        raise ValueError(
+            f"--seq-length {flags.seq_length} must be at least 2: an anchor and a token"
+        )
+    for name in ("max_train_steps", "saving_interval", "checkpoint_every", "save_per_hours"):
+        if getattr(flags, name) is not None and getattr(flags, name) <= 0:
+            raise ValueError(f"--{name} {getattr(flags, name)} must be positive, or left out")
+    for name in (
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "warmup_steps",
+        "min_steps_for_save",
+    ):
+        if getattr(flags, name) < 0:
+            raise ValueError(f"--{name} {getattr(flags, name)} must not be negative")
+    if flags.max_train_steps is not None and flags.warmup_steps > flags.max_train_steps:
+        raise ValueError(
+            f"--warmup_steps {flags.warmup_steps} is more than --max-train-steps {flags.max_train_steps}"
+        )
+    if flags.attn_kernel is not None and flags.attn_engine != "flash":
+        raise ValueError(f"--attn_kernel {flags.attn_kernel} belongs to --attn_engine flash")
+    if flags.attn_engine == "flash" and flags.anchor_placement == "shared":
+        raise ValueError("--anchor_placement shared needs --attn_engine flex")
+
+
+def check_output_is_free(output: Path, flags: Flags) -> None:
+    """Raise `ValueError` if another run lies in the output folder and nobody asked to continue it."""
+    found = [
+        name for name in ("args.json", "metrics.jsonl", "checkpoints") if (output / name).exists()
+    ]
+    if found and flags.resume == "never":
+        raise ValueError(
+            f"--output-dir {output} holds another run ({', '.join(found)}); "
+            "name another folder, or pass --resume auto to continue it"
+        )
+
+
+def plan_grid(flags: Flags) -> RankGrid:
+    """This rank's place: data × ring × Ulysses, from the flags and the launcher's ranks."""
+    if "WORLD_SIZE" not in os.environ or os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        raise ValueError(
+            "train.py runs under Accelerate with DeepSpeed: accelerate launch "
+            "--config_file accelerate_configs/cpu.yaml --num_processes 1 train.py …"
+        )
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    ring, ulysses = flags.ring_degree, flags.ulysses_degree
+    allowed = {
+        "data_parallel": (),
+        "ulysses_attn": ("ulysses_degree",),
+        "ring_attn": ("ring_degree",),
+        "hybrid_attn": ("ulysses_degree", "ring_degree"),
+    }[flags.parallel_mode]
+    for name in ("ulysses_degree", "ring_degree"):
+        if getattr(flags, name) is not None and name not in allowed:
+            raise ValueError(f"--{name} does not go with --parallel_mode {flags.parallel_mode}")
+    if flags.parallel_mode == "hybrid_attn" and (ring is None or ulysses is None):
+        raise ValueError("--parallel_mode hybrid_attn needs --ulysses_degree and --ring_degree")
+    if flags.parallel_mode == "ulysses_attn":
+        ulysses = ulysses or world_size
+    if flags.parallel_mode == "ring_attn":
+        ring = ring or world_size
+    return make_grid(
+        rank=rank, world_size=world_size, ring_degree=ring or 1, ulysses_degree=ulysses or 1
+    )
+
+
+def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
+    """Raise `ValueError` for a model that the flags cannot train."""
+    check_scores(config)
+    check_head(config)
+    if grid.ulysses_degree > 1:
+        check_heads(config.num_attention_heads, grid.ulysses_degree)
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    if window and window < flags.seq_length and flags.attn_engine == "flash":
+        if flags.attention_pattern == "anchor":
+            raise ValueError(
+                f"the model's sliding_window={window} would hide the anchor from tokens further than that "
+                "into a document: use --attn_engine flex, or set sliding_window to null in its config.json"
+            )
+
+
+def check_rotary_precision(model: torch.nn.Module) -> None:
+    """RoPE's frequencies must be float32 whatever the weights are: rounding them to bfloat16 turns far
+    positions by many radians (arXiv 2411.13476). DeepSpeed before 0.19.2 did round them."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise RuntimeError(f"{name} is {buffer.dtype}, not float32, after accelerator.prepare")
+
+
+def parameter_groups(model: torch.nn.Module, *, weight_decay: float) -> list[dict]:
+    """Matrices decay, vectors (norms and biases) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    is_matrix = [len(getattr(p, "ds_shape", p.shape)) > 1 for p in parameters]
+    matrices = [p for p, matrix in zip(parameters, is_matrix, strict=True) if matrix]
+    vectors = [p for p, matrix in zip(parameters, is_matrix, strict=True) if not matrix]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def record_run(
+    output: Path, flags: Flags, *, engine, prepared: PreparedRows, placement: str
+) -> None:
+    """Write `args.json`: all that one needs to know to repeat the run."""
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "yunchang", "datasets")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    record = {
+        "flags": asdict(flags) | {"anchor_placement": placement},
+        "engine": engine.name,
+        "kernel": engine.kernel,
+        "kernel_reason": engine.reason,
+        "layout": engine.layout,
+        "data": prepared.report,
+        "versions": {name: metadata.version(name) for name in packages},
+        "git_commit": commit.stdout.strip() or None,
+    }
+    (output / "args.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def describe_run(
+    flags, engine, prepared: PreparedRows, parameters: int, max_steps: int, rows_per_step: int
+) -> None:
+    """Print what the run is going to do, in derived numbers."""
+    data = prepared.report
+    lines = [
+        f"model    {flags.model_name_or_path}: {parameters:,} parameters, {flags.mixed_precision} precision",
+        f"engine   {engine}",
+        f"pattern  {flags.attention_pattern}, anchors {prepared.anchor_placement}",
+        f"data     {data['documents']:,} documents, {data['document_tokens']:,} tokens -> {data['rows']:,} rows of "
+        f"{flags.seq_length:,} (+{data['anchors_added']:,} anchors, +{data['pad_tokens']:,} padding, "
+        f"{data['skipped_documents']:,} documents skipped)",
+        f"steps    {max_steps:,} of {rows_per_step} rows, {rows_per_step * flags.seq_length:,} tokens each "
+        f"({max_steps * rows_per_step / data['rows']:.2f} epochs)",
+    ]
+    print(colored("\n".join(lines), "green"), flush=True)
+
+
+def save_model_now(flags: Flags, step: int, max_steps: int) -> bool:
+    """Whether a model to use is due: at the interval itself, and at the end."""
+    if step == max_steps:
+        return True
+    due = flags.saving_interval is not None and step % flags.saving_interval == 0
+    return due and step >= flags.min_steps_for_save
+
+
+def save_model(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write a plain Hugging Face model and tokenizer. Collective: ZeRO-3 gathers the weights."""
+    weights = accelerator.get_state_dict(model)  # None off the main process
+    if accelerator.is_main_process:
+        unfinished = folder.with_name(f".unfinished-{folder.name}")
+        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        accelerator.unwrap_model(model).model.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(Flags, description=__doc__, allow_abbrev=False)
+    (parsed,) = parser.parse_args_into_dataclasses()
+    try:
+        main(parsed)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(colored(f"error: {error}", "red"), file=sys.stderr, flush=True)
+        sys.exit(2)
