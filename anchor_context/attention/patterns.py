@@ -57,6 +57,14 @@ PATTERNS = {
 ANCHOR_PLACEMENTS = ("per_document", "shared")
 
 
+class InterleavedLayout(DocumentLayout):
+    """A layout whose documents lie in chunks, other documents' chunks between them.
+
+    `cu_seqlens` bounds the chunks. A token's document id is the number of its document's first chunk, so
+    `cu_seqlens[document_id]` is still where its document starts. No set of segments describes it.
+    """
+
+
 def make_layout(
     document_starts: np.ndarray,
     *,
@@ -64,14 +72,20 @@ def make_layout(
     row_length: int,
     pattern: str,
     anchor_placement: str,
+    documents: np.ndarray | None = None,
 ) -> DocumentLayout:
     """Build the layout of a micro-batch from its document starts.
 
     Args:
-        document_starts: (documents,) increasing integers: where documents start in the B·S flattened
-            tokens. Every row start is among them.
+        document_starts: (pieces,) increasing integers: where documents, or the chunks of interleaved
+            ones, start in the B·S flattened tokens. Every row start is among them.
         pattern: a key of `PATTERNS`.
         anchor_placement: how the packer placed anchors; "none" exactly when the pattern has none.
+        documents: (pieces,) integers: the document of each piece, for rows of interleaved chunks.
+            Without it every piece is a document.
+
+    Returns:
+        The layout; an `InterleavedLayout` if a document has more than one piece.
 
     Raises:
         ValueError: an unknown pattern, or an anchor placement that does not go with it.
@@ -84,15 +98,22 @@ def make_layout(
     assert lengths.min(initial=1) > 0 and cu_seqlens[0] == 0, "documents overlap or are empty"
     assert np.isin(row_starts, document_starts).all(), "a document crosses a row's end"
 
-    document_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    first_piece = np.arange(len(lengths), dtype=np.int32)  # of each piece's document
+    interleaved = documents is not None and len(np.unique(documents)) < len(lengths)
+    if interleaved:
+        _, first, inverse = np.unique(documents, return_index=True, return_inverse=True)
+        first_piece = first[inverse].astype(np.int32)
+
+    document_ids = np.repeat(first_piece, lengths)
     index = np.arange(total, dtype=np.int64) % row_length
-    start = np.repeat(cu_seqlens[:-1].astype(np.int64) % row_length, lengths)
+    start = np.repeat(cu_seqlens[first_piece].astype(np.int64) % row_length, lengths)
     if anchor_placement == "shared":
         start = np.zeros_like(start)  # the one anchor is at index 0; only it has position 0
     position_ids = PATTERNS[pattern].positions(index, start)
 
     shape = (batch_size, row_length)
-    return DocumentLayout(
+    kind = InterleavedLayout if interleaved else DocumentLayout
+    return kind(
         cu_seqlens=torch.from_numpy(cu_seqlens),
         document_ids=torch.from_numpy(document_ids).view(shape),
         position_ids=torch.from_numpy(position_ids).view(shape),
@@ -121,8 +142,13 @@ def attended_boundaries(layout: DocumentLayout) -> tuple[Tensor, int]:
     which no set of segments describes.
 
     Raises:
-        ValueError: the layout has a shared anchor.
+        ValueError: the layout has a shared anchor, or its documents lie in interleaved chunks.
     """
+    if isinstance(layout, InterleavedLayout):
+        raise ValueError(
+            "rows packed with --interleave_chunks need --attn_engine flex, which goes by document ids; "
+            "the flash engine and the ring take documents that lie in one piece"
+        )
     if layout.anchor_placement == "shared":
         raise ValueError(
             "rows with one shared anchor need --attn_engine flex; "

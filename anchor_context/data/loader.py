@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from anchor_context.attention.patterns import attended_pairs, make_layout
-from anchor_context.data.packing import NO_TOKEN, PreparedRows
-from anchor_context.layout import IGNORE_INDEX
-
-BLANK_ROW = -1
-"""The id of a row of padding without targets, which fills up the last step of a run."""
+from anchor_context.data.rows import BLANK_ROW, PreparedRows
 
 
 @dataclass(frozen=True)
@@ -42,12 +38,17 @@ class RowOrder:
         place = np.arange(first_row, first_row + self.rows_per_step)
         ids = np.full(self.rows_per_step, BLANK_ROW, dtype=np.int64)
         for epoch in np.unique(place // self.rows):
-            order = np.random.default_rng((self.seed, int(epoch))).permutation(self.rows)
             inside = place // self.rows == epoch
-            ids[inside] = order[place[inside] % self.rows]
+            ids[inside] = _epoch(self.rows, self.seed, int(epoch))[place[inside] % self.rows]
         if self.total_rows is not None:
             ids[place >= self.total_rows] = BLANK_ROW
         return ids
+
+
+@lru_cache(maxsize=2)
+def _epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the rows in one epoch; kept, for millions of rows take a while to shuffle."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 class MicroBatches(IterableDataset):
@@ -93,10 +94,8 @@ class MicroBatches(IterableDataset):
 
     def _pairs(self, row: int) -> int:
         """The (query, key) pairs that the pattern attends to in one row."""
-        prepared = self.prepared
-        pieces = slice(prepared.piece_offsets[row], prepared.piece_offsets[row + 1])
-        lengths = np.diff(prepared.starts[pieces], append=prepared.row_length)
-        placement = prepared.anchor_placement
+        lengths = self.prepared.row(row).document_lengths()
+        placement = self.prepared.anchor_placement
         return attended_pairs(lengths, pattern=self.pattern, anchor_placement=placement)
 
 
@@ -154,46 +153,24 @@ def collate(prepared: PreparedRows, row_ids: np.ndarray, *, pattern: str) -> dic
         input_ids, labels, position_ids: (B, S) int64; labels are shifted already and hold
         `IGNORE_INDEX` where there is no target. layout: of the whole rows. row_ids: list of int.
     """
-    length, batch_size = prepared.row_length, len(row_ids)
-    offsets = prepared.piece_offsets
-    starts, untargeted = [], []
-    tokens = np.zeros((batch_size, length + 1), dtype=np.int64)
-    tokens[:, length] = NO_TOKEN
-    for place, row in enumerate(row_ids):
-        if row == BLANK_ROW:
-            row_starts, row_untargeted = np.array([0]), np.array([length])
-        else:
-            tokens[place] = prepared.tokens[row]
-            pieces = slice(offsets[row], offsets[row + 1])
-            row_starts, row_untargeted = prepared.starts[pieces], prepared.untargeted[pieces]
-        starts.append(row_starts.astype(np.int64) + place * length)
-        untargeted.append(row_untargeted)
-    starts, untargeted = np.concatenate(starts), np.concatenate(untargeted).astype(np.int64)
-
-    labels = tokens[:, 1:].copy()  # the extra token is the last one's target, or NO_TOKEN
-    labels[labels == NO_TOKEN] = IGNORE_INDEX
-    flat = labels.reshape(-1)
-    ends = np.append(starts[1:], flat.size)
-    flat[ends[ends % length != 0] - 1] = IGNORE_INDEX  # a document's last token, inside its row
-    flat[_ranges(starts, untargeted)] = IGNORE_INDEX
-
+    rows = [prepared.row(int(i)) for i in row_ids]
+    length = prepared.row_length
+    # Pieces and documents count over the whole micro-batch.
+    first_document = np.cumsum([0, *(row.documents.max() + 1 for row in rows)])
     layout = make_layout(
-        starts,
-        batch_size=batch_size,
+        np.concatenate([row.starts + b * length for b, row in enumerate(rows)]),
+        documents=np.concatenate([row.documents + first_document[b] for b, row in enumerate(rows)]),
+        batch_size=len(rows),
         row_length=length,
         pattern=pattern,
         anchor_placement=prepared.anchor_placement,
     )
     return {
-        "input_ids": torch.from_numpy(tokens[:, :length].copy()),
-        "labels": torch.from_numpy(labels),
+        "input_ids": torch.from_numpy(
+            np.stack([row.tokens[:length] for row in rows]).astype(np.int64)
+        ),
+        "labels": torch.from_numpy(np.stack([row.labels() for row in rows])),
         "position_ids": layout.position_ids,
         "layout": layout,
         "row_ids": [int(row) for row in row_ids],
     }
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The indices of all ranges start, start + 1, … of the given lengths, one after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())

@@ -1,353 +1,364 @@
-"""Packs documents end to end into rows of fixed length, once, onto disk.
+"""Packs documents into rows of fixed length: the preparation from end to end.
 
-Guarantees: no token is lost. Every token of every document lands in exactly one row, and is a target
-exactly once (a document's first token is one where an anchor stands before it). The account closes:
-document_tokens + anchors_added + pad_tokens = rows × row length. Rows on disk are complete or absent:
-they are written under a temporary name and renamed, by one process while the others wait, in a folder
-named by a fingerprint of everything that shapes them.
-Costs: one pass over the data; afterwards rows are memory-mapped, so that a run starts at once.
+`prepare_rows` reads and tokenises the data once into shards (`store`), decides which piece of which
+document goes into which row (`strategies`), lays the rows, and leaves a prepared set on disk (`rows`).
 
 How a document D of 7 tokens lies in rows of 6, anchors per document (`^`; `·` no target):
 
     row 0   ^ d0 d1 d2 d3 d4 | d5      the extra token is the target of the row's last
     row 1   ^ d5 d6 _  _  _            the anchor of a continued piece has no target: d5 had its turn
     target  ·  d6 ·  ·  ·  ·
+
+Guarantees: no token is lost; every document token is laid exactly once per copy of its document; the
+same data and options give byte-identical rows, whatever the number of processes; a set is prepared
+by one process while the others wait, and reused only under the fingerprint of all that shaped it.
+Costs: the tokenizer's time; disk for the tokens twice until the rows are laid.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase
+from tqdm import tqdm
 
-from anchor_context.data.sources import DATA_FORMATS, Skipped, read_documents, resolve_files
+from anchor_context.attention.patterns import ANCHOR_PLACEMENTS
+from anchor_context.data import strategies
+from anchor_context.data.documents import DATA_FORMATS, DocumentReader
+from anchor_context.data.interleaving import interleave
+from anchor_context.data.rows import (
+    NO_TOKEN,
+    PreparedRows,
+    Row,
+    RowsWriter,
+    is_prepared,
+    open_rows,
+)
+from anchor_context.data.sources import find_inputs, identity, read_units
+from anchor_context.data.store import TokenStore, tokenise
+from anchor_context.data.strategies import STRATEGIES, Body, Piece
+
+__all__ = ["PreparedRows", "open_rows", "prepare_rows"]
 
 FORMAT_VERSION = 1
-"""Part of the fingerprint: raise it when rows are laid out differently."""
-
-NO_TOKEN = -1
-"""The extra token of a row whose last document ends with the row."""
-
-
-@dataclass
-class PackingReport:
-    """What a preparation made of its documents."""
-
-    documents: int = 0
-    document_tokens: int = 0
-    """Tokens of documents that lie in rows."""
-    rows: int = 0
-    anchors_added: int = 0
-    anchors_merged: int = 0
-    """Leading anchors of documents that a row's shared anchor stands for."""
-    pad_tokens: int = 0
-    targets: int = 0
-    skipped_documents: int = 0
-    row_length: int = 0
-    anchor_placement: str = "none"
+"""Counts up when prepared rows change for the same data and options."""
 
 
 @dataclass(frozen=True)
-class PreparedRows:
-    """Packed rows on disk, memory-mapped. Cheap to send to loader workers."""
+class Options:
+    """Everything but the data and the tokenizer that shapes the rows."""
 
-    directory: Path
+    data_format: str
+    vocab_size: int
     row_length: int
-    report: dict
-    _arrays: dict = field(default_factory=dict, repr=False, compare=False)
+    anchor_placement: str
+    skip_bad_documents: bool = False
+    text_column: str = "text"
+    source_column: str | None = None
+    strategy: str = "concat"
+    upsample_long: str | None = None
+    mixture: str | None = None
+    interleave_chunks: bool = False
+    domain_tag: bool = False
+    seed: int = 0
 
-    def __len__(self) -> int:
-        return self.report["rows"]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_arrays": {}}  # a worker maps the files itself
-
-    @property
-    def anchor_placement(self) -> str:
-        return self.report["anchor_placement"]
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """(rows, S + 1) int32: a row, and the target of its last token or `NO_TOKEN`."""
-        return self._array("tokens", np.int32).reshape(-1, self.row_length + 1)
-
-    @property
-    def piece_offsets(self) -> np.ndarray:
-        """(rows + 1,) int64: row r's pieces are piece_offsets[r] … piece_offsets[r + 1]."""
-        return self._array("piece_offsets", np.int64)
-
-    @property
-    def starts(self) -> np.ndarray:
-        """(pieces,) int32: where each piece starts in its row."""
-        return self._array("starts", np.int32)
-
-    @property
-    def untargeted(self) -> np.ndarray:
-        """(pieces,) int32: how many leading tokens of each piece have no target."""
-        return self._array("untargeted", np.int32)
-
-    @property
-    def target_counts(self) -> np.ndarray:
-        """(rows,) int32: targets per row."""
-        return self._array("target_counts", np.int32)
-
-    @property
-    def pad_counts(self) -> np.ndarray:
-        """(rows,) int32: pad tokens per row."""
-        return self._array("pad_counts", np.int32)
-
-    def _array(self, name: str, dtype: type) -> np.ndarray:
-        if name not in self._arrays:
-            path = self.directory / f"{name}.bin"
-            self._arrays[name] = np.memmap(path, dtype=dtype, mode="r")
-        return self._arrays[name]
-
-
-class RowWriter:
-    """Lays documents into rows and appends full rows to files in `directory`."""
-
-    FILES = ("tokens", "piece_offsets", "starts", "untargeted", "target_counts", "pad_counts")
-
-    def __init__(self, directory: Path, *, row_length: int, anchor_placement: str, anchor: int):
-        self.report = PackingReport(row_length=row_length, anchor_placement=anchor_placement)
-        self._files = {name: (directory / f"{name}.bin").open("wb") for name in self.FILES}
-        self._length, self._placement, self._anchor = row_length, anchor_placement, anchor
-        self._row = np.empty(row_length + 1, dtype=np.int32)
-        self._pieces_written = 0
-        self._write("piece_offsets", np.int64, [0])
-        self._start_row()
-
-    def add(self, document: np.ndarray) -> None:
-        """Lay one document, (tokens,) int32; what does not fit in the row goes on in new ones."""
-        assert len(document)
-        self.report.documents += 1
-        anchored = self._placement != "none" and document[0] == self._anchor
-        rest = document[1:] if anchored else document
-        if self._placement == "shared":
-            self.report.anchors_merged += anchored
-            if not len(rest):
-                return
-        continued = False
-        while len(rest) or not continued:
-            if self._filled == self._length:
-                self._finish_row(extra=rest[0] if continued else NO_TOKEN)
-            start = self._filled
-            if self._placement == "per_document":
-                self._row[start] = self._anchor
-                self._filled += 1
-                if anchored and not continued:
-                    self.report.document_tokens += 1
-                else:
-                    self.report.anchors_added += 1
-            end = min(self._filled + len(rest), self._length)
-            taken = end - self._filled
-            self._row[self._filled : end] = rest[:taken]
-            self._filled, rest = end, rest[taken:]
-            self.report.document_tokens += taken
-            # The first token of a continued piece was the extra target of the row before, so the
-            # anchor that stands before it has none.
-            untargeted = int(continued and self._placement == "per_document")
-            self._pieces.append((start, untargeted))
-            continued = True
-
-    def close(self) -> PackingReport:
-        """Pad and write the last row, flush everything to disk, and report."""
-        if self._filled > self._first:
-            self._finish_row(extra=NO_TOKEN)
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        return self.report
-
-    def _start_row(self) -> None:
-        self._pieces: list[tuple[int, int]] = []
-        self._filled = self._first = 0
-        if self._placement == "shared":
-            self._row[0] = self._anchor
-            self._pieces.append((0, 1))  # a document of its own, without a target
-            self._filled = self._first = 1
-
-    def _finish_row(self, *, extra: int) -> None:
-        padding = self._length - self._filled
-        if padding:
-            self._row[self._filled : self._length] = self._anchor
-            self._pieces.append((self._filled, padding))
-        self._row[self._length] = extra
-        starts, untargeted = np.array(self._pieces, dtype=np.int32).T
-        # A piece of n tokens has n - 1 targets inside itself, and the extra one behind the last.
-        within = np.diff(starts, append=self._length) - 1
-        within[-1] += extra != NO_TOKEN
-        targets = int(np.maximum(within - untargeted, 0).sum())
-        self._pieces_written += len(starts)
-
-        self._write("tokens", np.int32, self._row)
-        self._write("starts", np.int32, starts)
-        self._write("untargeted", np.int32, untargeted)
-        self._write("piece_offsets", np.int64, [self._pieces_written])
-        self._write("target_counts", np.int32, [targets])
-        self._write("pad_counts", np.int32, [padding])
-        self.report.rows += 1
-        self.report.targets += targets
-        self.report.pad_tokens += padding
-        self.report.anchors_added += self._first
-        self._start_row()
-
-    def _write(self, name: str, dtype: type, values) -> None:
-        np.asarray(values, dtype=dtype).tofile(self._files[name])
-
-
-def anchor_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The anchor's id: BOS, or EOS where the tokenizer has no BOS (Qwen's).
-
-    Raises:
-        ValueError: it has neither, or no EOS to end documents with.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no EOS token; set eos_token")
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    def __post_init__(self):
+        placements = (*ANCHOR_PLACEMENTS, "none")
+        for flag, value, choices in (
+            ("--data-format", self.data_format, DATA_FORMATS),
+            ("--anchor_placement", self.anchor_placement, placements),
+            ("--packing", self.strategy, STRATEGIES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{flag} {value} is unknown; choose from {', '.join(choices)}")
+        if self.row_length < 2:
+            raise ValueError(
+                f"--seq-length {self.row_length} leaves no room for a target; use 2 or more"
+            )
+        for flag, needed in (
+            ("--mixture", self.mixture),
+            ("--domain_tag", self.domain_tag),
+        ):
+            if needed and self.source_column is None:
+                raise ValueError(f"{flag} needs --source_column, to know each document's source")
 
 
 def prepare_rows(
-    dataset: str,
+    dataset: list[str] | str,
     *,
     data_format: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer,
     vocab_size: int,
     row_length: int,
     anchor_placement: str,
     cache_dir: Path,
     skip_bad_documents: bool = False,
+    text_column: str = "text",
+    source_column: str | None = None,
+    strategy: str = "concat",
+    upsample_long: str | None = None,
+    mixture: str | None = None,
+    interleave_chunks: bool = False,
+    domain_tag: bool = False,
+    seed: int = 0,
+    num_proc: int = 1,
 ) -> PreparedRows:
-    """The packed rows of `dataset`, from the cache if the very same were prepared before.
+    """The data set as rows of `row_length` tokens: prepared now, or opened if that was done before.
 
-    Every process may call it at once: the first to take the lock prepares, the others wait for it.
+    Safe to call from all ranks at once: the first to take the lock prepares, the others wait. A
+    preparation that was killed goes on where it was.
 
     Args:
-        dataset: files, globs or folders, see `sources.resolve_files`.
+        dataset: files, globs, `save_to_disk` directories, hub names, or one prepared set.
+        data_format: "raw_json" (a text per record) or "tokenized" (`input_ids` and `source` ends).
+        tokenizer: the model's transformers tokenizer.
         vocab_size: rows of the model's embedding; larger token ids are refused.
-        row_length: S in tokens.
-        cache_dir: holds one folder per fingerprint.
+        anchor_placement: "per_document", "shared", or "none" for the patterns without an anchor.
+        cache_dir: where prepared sets are kept.
+        text_column, source_column: columns; `a.b` is the key `b` of the column `a`. In `tokenized` data
+            the source is looked up in each entry of `source`.
+        strategy: "concat" or "best_fit" (`strategies`).
+        upsample_long: "FACTOR@TOKENS"; see `sampling.copies`.
+        mixture: "source=weight,..."; see `sampling.copies`.
+        interleave_chunks: split short documents and shuffle the chunks in each row.
+        domain_tag: put the source's name in front of every document, without targets on it.
+        seed: of the sampling and the shuffling.
+        num_proc: processes that tokenise.
 
     Raises:
-        ValueError: unreadable or faulty data, named by file and line, or no usable document at all.
+        ValueError: bad data (names file and line), a bad option, no document at all.
     """
-    assert data_format in DATA_FORMATS
-    files = resolve_files(dataset)
-    shape = {
-        "version": FORMAT_VERSION,
-        "files": [_identity(file) for file in files],
-        "tokenizer": _tokenizer_identity(tokenizer),
-        "vocab_size": vocab_size,
-        "data_format": data_format,
-        "row_length": row_length,
-        "anchor_placement": anchor_placement,
-        "skip_bad_documents": skip_bad_documents,
-    }
-    fingerprint = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    target = cache_dir / f"rows-{fingerprint}"
-    with FileLock(cache_dir / f"rows-{fingerprint}.lock"):
-        if not target.exists():
-            unfinished = cache_dir / f".unfinished-{fingerprint}"
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a preparation that was killed
-            unfinished.mkdir()
-            _pack(
-                unfinished,
-                files,
-                data_format=data_format,
-                tokenizer=tokenizer,
-                vocab_size=vocab_size,
-                row_length=row_length,
-                anchor_placement=anchor_placement,
-                skip_bad_documents=skip_bad_documents,
-                shape=shape,
-            )
-            unfinished.rename(target)
-    return open_rows(target)
-
-
-def open_rows(directory: Path) -> PreparedRows:
-    """Rows that `prepare_rows` wrote earlier."""
-    manifest = json.loads((directory / "manifest.json").read_text())
-    report = manifest["report"]
-    return PreparedRows(directory=directory, row_length=report["row_length"], report=report)
-
-
-def _pack(
-    directory: Path,
-    files: list[Path],
-    *,
-    data_format: str,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    row_length: int,
-    anchor_placement: str,
-    skip_bad_documents: bool,
-    shape: dict,
-) -> None:
-    """Write the rows of `files`, what was skipped, and last the manifest, into `directory`."""
-    skipped: list[Skipped] | None = [] if skip_bad_documents else None
-    writer = RowWriter(
-        directory,
+    options = Options(
+        data_format=data_format,
+        vocab_size=vocab_size,
         row_length=row_length,
         anchor_placement=anchor_placement,
-        anchor=anchor_token(tokenizer),
+        skip_bad_documents=skip_bad_documents,
+        text_column=text_column,
+        source_column=source_column,
+        strategy=strategy,
+        upsample_long=upsample_long,
+        mixture=mixture,
+        interleave_chunks=interleave_chunks,
+        domain_tag=domain_tag,
+        seed=seed,
     )
-    for document in read_documents(
-        files,
-        data_format=data_format,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        skipped=skipped,
-    ):
-        writer.add(document)
-    report = writer.close()
-    if skipped:
-        report.skipped_documents = len(skipped)
-        lines = [json.dumps(asdict(item)) + "\n" for item in skipped]
-        (directory / "skipped.jsonl").write_text("".join(lines))
-    if not report.targets:
-        names = ", ".join(str(file) for file in files[:3])
-        raise ValueError(f"--dataset: no document with a token to learn in {names}")
-    manifest = directory / "manifest.json"
-    with manifest.open("w") as stream:
-        json.dump({"report": asdict(report), "shape": shape}, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
+    given = [dataset] if isinstance(dataset, str) else list(dataset)
+    if len(given) == 1 and is_prepared(Path(given[0])):
+        return _open_given(Path(given[0]), options, tokenizer)
 
-
-def _identity(file: Path) -> dict:
-    """What tells one version of a file from another: its size, time and content.
-
-    Up to 64 MiB the whole content counts; of larger files 64 blocks of 1 MiB, evenly spread.
-    """
-    block = 2**20
-    status = file.stat()
-    blocks = min(64, -(-status.st_size // block))
-    digest = hashlib.blake2b()
-    with file.open("rb") as stream:
-        for place in np.linspace(0, max(0, status.st_size - block), max(blocks, 1), dtype=int):
-            stream.seek(int(place))
-            digest.update(stream.read(block))
-    return {
-        "name": str(file),
-        "size": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-        "digest": digest.hexdigest(),
+    anchor_id = find_anchor_id(tokenizer)
+    if data_format == "raw_json" and tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token to end a document with; set its eos_token")
+    inputs = find_inputs(given)
+    fingerprint = {
+        "format_version": FORMAT_VERSION,
+        "data": identity(inputs),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "options": asdict(options),
     }
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    cache_dir = Path(cache_dir)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    target = cache_dir / f"rows-{row_length}-{digest[:16]}"
+
+    with FileLock(f"{target}.lock"):
+        if is_prepared(target):
+            return open_rows(target)
+        work = cache_dir / f".{target.name}.work"
+        reader = DocumentReader(
+            tokenizer, data_format, vocab_size, text_column, source_column, skip_bad_documents
+        )
+        store = tokenise(read_units(inputs, reader.columns), reader, work, num_proc=num_proc)
+        if not len(store.lengths):
+            raise ValueError(
+                f"--dataset {', '.join(given)[:200]} holds no document"
+                + (
+                    f"; {store.skipped_count} bad records were skipped"
+                    if store.skipped_count
+                    else ""
+                )
+            )
+        _lay_rows(store, work / "rows", target, options, tokenizer, anchor_id, fingerprint)
+        shutil.rmtree(work)
+        return open_rows(target)
 
 
-def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of the tokenizer's whole state, not of its name."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-    special = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id])
-    return hashlib.sha256((state + special).encode()).hexdigest()
+def find_anchor_id(tokenizer) -> int:
+    """The anchor token: BOS, or EOS where the tokenizer has no BOS, as Qwen's."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError(
+        "the tokenizer has neither BOS nor EOS to serve as the anchor; set its eos_token"
+    )
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """A hash of all that the tokenizer would save."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        for path in sorted(p for p in Path(directory).rglob("*") if p.is_file()):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _open_given(path: Path, options: Options, tokenizer) -> PreparedRows:
+    """A prepared set that was named as the data: it must be what this run needs."""
+    prepared = open_rows(path)
+    made = prepared.manifest["fingerprint"]
+    for flag, have, want in (
+        ("--seq-length", prepared.row_length, options.row_length),
+        ("--anchor_placement", prepared.anchor_placement, options.anchor_placement),
+        ("the tokenizer", made["tokenizer"], tokenizer_hash(tokenizer)),
+        ("the vocabulary", made["options"]["vocab_size"], options.vocab_size),
+        ("the format version", made["format_version"], FORMAT_VERSION),
+    ):
+        if have != want:
+            raise ValueError(
+                f"{path} was prepared for another run: {flag} is {want} here and {have} there; "
+                "prepare it again, or run with what it was prepared for"
+            )
+    return prepared
+
+
+def _lay_rows(
+    store: TokenStore,
+    unfinished: Path,
+    target: Path,
+    options: Options,
+    tokenizer,
+    anchor_id: int,
+    fingerprint: dict,
+) -> None:
+    """Lay all rows of the store's documents and leave them at `target`."""
+    for leftover in (unfinished, target):  # of a preparation that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    length, placement = options.row_length, options.anchor_placement
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else anchor_id
+    order = np.arange(len(store.lengths))
+    layer = _RowLayer(options, anchor_id, pad_id)
+    writer = RowsWriter(unfinished, length)
+    pack = {"concat": strategies.concat, "best_fit": strategies.best_fit}[options.strategy]
+    rows = pack(
+        layer.bodies(store, order, _tags(store.sources, tokenizer) if options.domain_tag else None),
+        room=length - (placement == "shared"),
+        anchor=int(placement == "per_document"),
+    )
+    for pieces in tqdm(rows, unit=" rows", disable=None):
+        writer.append(layer.lay(pieces))
+    if not writer.rows:
+        raise ValueError("the documents are nothing but anchors; there is nothing to train on")
+
+    report = {
+        "documents": len(order),
+        "document_tokens": layer.document_tokens,
+        "rows": writer.rows,
+        "anchors_added": layer.anchors_added,
+        "pad_tokens": writer.pad_tokens,
+        "skipped_documents": store.skipped_count,
+        "targets": writer.targets,
+        "row_length": length,
+        "anchor_placement": placement,
+        "strategy": options.strategy,
+        "anchors_merged": layer.anchors_merged,
+        "tag_tokens": layer.tag_tokens,
+    }
+    laid = report["document_tokens"] + report["anchors_added"] + report["pad_tokens"]
+    assert laid == writer.rows * length, report
+    with (unfinished / "skipped.jsonl").open("w") as file:
+        for entry in store.skipped():
+            file.write(json.dumps(entry) + "\n")
+    tokenizer.save_pretrained(unfinished / "tokenizer")
+    writer.finish(target, {"report": report, "pad_id": pad_id, "fingerprint": fingerprint})
+
+
+def _tags(sources: list[str], tokenizer) -> list[np.ndarray]:
+    """Each source's name as tokens."""
+    encoded = tokenizer(sources, add_special_tokens=False)["input_ids"]
+    return [np.asarray(ids, np.int32) for ids in encoded]
+
+
+class _RowLayer:
+    """Turns documents into bodies and lists of pieces into rows, and keeps the account."""
+
+    def __init__(self, options: Options, anchor_id: int, pad_id: int):
+        self.options, self.anchor_id, self.pad_id = options, anchor_id, pad_id
+        self.document_tokens = 0
+        """Tokens of documents in the rows, anchors that they brought and tags included."""
+        self.anchors_added = 0
+        self.anchors_merged = 0
+        """Anchors that documents brought, for which the row's shared one stands."""
+        self.tag_tokens = 0
+        self._rows = 0
+
+    def bodies(
+        self, store: TokenStore, order: np.ndarray, tags: list[np.ndarray] | None
+    ) -> Iterator[Body]:
+        anchored = self.options.anchor_placement != "none"
+        for block in store.blocks(order):
+            own = (block.tokens[block.starts] == self.anchor_id) & anchored
+            starts = block.starts + own
+            for start, stop, brought, source in zip(
+                starts.tolist(), block.stops.tolist(), own.tolist(), block.source_ids, strict=True
+            ):
+                tokens = block.tokens[start:stop]
+                if tags is None:
+                    yield Body(tokens, 0, brought)
+                else:
+                    tag = tags[source]
+                    yield Body(np.concatenate([tag, tokens]), len(tag), brought)
+
+    def lay(self, pieces: list[Piece]) -> Row:
+        """One row of the pieces, padded at its end."""
+        length, placement = self.options.row_length, self.options.anchor_placement
+        tokens = np.full(length + 1, self.pad_id, np.int32)
+        starts, untargeted, at = [], [], 0
+        if placement == "shared":
+            tokens[0] = self.anchor_id
+            starts, untargeted, at = [0], [0], 1
+            self.anchors_added += 1
+        for body, start, stop, first in pieces:
+            starts.append(at)
+            if placement == "per_document":
+                tokens[at] = self.anchor_id
+                at += 1
+                # The piece before this one predicted its first token already.
+                untargeted.append(max(body.tag - start, int(not first)))
+                own = int(first and body.own_anchor)
+                self.anchors_added += 1 - own
+                self.document_tokens += own
+            else:
+                untargeted.append(max(body.tag - start - 1, 0))
+                self.anchors_merged += first and body.own_anchor
+            tokens[at : at + stop - start] = body.tokens[start:stop]
+            at += stop - start
+            self.document_tokens += stop - start
+            self.tag_tokens += max(0, min(stop, body.tag) - start)
+        last = pieces[-1]
+        goes_on = last.goes_on and last.stop >= last.body.tag
+        tokens[length] = last.body.tokens[last.stop] if goes_on else NO_TOKEN
+        pad_count = length - at
+        if pad_count:
+            starts.append(at)
+            untargeted.append(0)
+        row = Row(
+            tokens=tokens,
+            starts=np.array(starts, np.int32),
+            untargeted=np.minimum(untargeted, np.diff([*starts, length])).astype(np.int32),
+            documents=np.arange(len(starts), dtype=np.int32),
+            pad_count=pad_count,
+        )
+        self._rows += 1
+        if self.options.interleave_chunks:
+            rng = np.random.default_rng((self.options.seed, self._rows))
+            row = interleave(row, rng, goes_on=last.goes_on, shared=placement == "shared")
+        return row

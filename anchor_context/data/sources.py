@@ -1,7 +1,7 @@
 """Where documents come from: files, globs, `save_to_disk` directories and hub names, read as a stream.
 
-Guarantees: every record comes with its file and line (or row), so that an error can name them; a file
-that breaks off in the middle is a record of its own, never a quiet end. Nothing here looks into a record.
+Guarantees: every record comes with its file and line (or row), so that an error can name them; where a
+file breaks off is a record of its own, never a quiet end. Nothing here looks into a record.
 Costs: one pass over the data, a few MiB of memory; an array in a `.json` file is read whole.
 """
 
@@ -210,7 +210,7 @@ def _json_lines(name: str) -> Iterator[Record]:
     number = 0
     try:
         with _decompressed(name) as file:
-            for number, line in enumerate(file, 1):  # noqa: B007: the error names it
+            for number, line in enumerate(file, 1):  # noqa: B007 (the error names it)
                 yield line
     except OSError as error:
         yield Broken(f"the file cannot be read beyond line {number}: {error}")
@@ -227,12 +227,34 @@ def _first_byte(name: str) -> bytes:
 def _json_array(name: str) -> Iterator[Record]:
     try:
         with _decompressed(name) as file:
-            records = json.loads(file.read().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        yield Broken(f"not a JSON array: {error}")
+            records = decode_json(file.read())
+    except OSError as error:
+        records = Broken(str(error))
+    if isinstance(records, Broken):
+        yield Broken(f"not a JSON array: {records}")
         return
     for record in records:
-        yield record if isinstance(record, dict) else Broken("not a JSON object")
+        yield record if isinstance(record, dict | Broken) else Broken("not a JSON object")
+
+
+def decode_json(data: bytes) -> object:
+    """JSON text -> its value, or a `Broken` that says why not.
+
+    An object that names a key twice becomes a `Broken`: which of the two was meant, nobody knows.
+    """
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        return Broken(f"broken JSON: {error}")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict | Broken:
+    record = dict(pairs)
+    if len(record) == len(pairs):
+        return record
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    return Broken(f"the key {twice!r} occurs twice")
 
 
 def _table_rows(name: str, columns: list[str]) -> Iterator[Record]:
@@ -255,7 +277,7 @@ def _table_rows(name: str, columns: list[str]) -> Iterator[Record]:
 
     number = 0
     try:
-        for batch in table.with_format("arrow").iter(batch_size=256):
+        for batch in table.with_format("arrow").iter(batch_size=16):
             for row in batch.to_pylist():
                 number += 1
                 yield row

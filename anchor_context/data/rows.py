@@ -1,0 +1,268 @@
+"""Prepared rows on disk: what the packer writes, what the loader reads, and the labels that follow.
+
+A prepared set is a directory:
+
+    tokens.npy          (rows, S + 1) int32: S tokens, then the target of the last one, or -1 for none
+    piece_offsets.npy   (rows + 1,) int64: row i has the pieces [offsets[i], offsets[i + 1])
+    starts.npy          (pieces,) int32: where a piece of a document starts in its row
+    untargeted.npy      (pieces,) int32: how many of its first positions have no target
+    documents.npy       (pieces,) int32: its document, counted within the row
+    pad_counts.npy      (rows,) int32: pad tokens at the row's end; if any, they are its last piece
+    target_counts.npy   (rows,) int32
+    skipped.jsonl       the records left out
+    tokenizer/          the tokenizer that made the tokens
+    manifest.json       the report and the fingerprint; written last
+
+Guarantees: a directory with this name is whole (it is written elsewhere, synced and renamed); boundaries
+are data, never inferred from token ids.
+Costs: nothing in memory but what is read; a row costs one read of 4 (S + 1) bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from anchor_context.layout import IGNORE_INDEX
+
+MANIFEST = "manifest.json"
+ARRAYS = (
+    "tokens",
+    "piece_offsets",
+    "starts",
+    "untargeted",
+    "documents",
+    "pad_counts",
+    "target_counts",
+)
+NO_TOKEN = -1
+"""The extra token of a row whose last token has no target."""
+
+BLANK_ROW = -1
+"""The id of a row of padding without targets, which fills up the last step of a run."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row. With documents A (ends here) and B (goes on in another row), one pad-free row of 8:
+
+    tokens      ^ A A A ^ B B B | B'     `|` the extra token, the target of the last one
+    starts      0       4
+    untargeted  0       0
+    documents   0       1
+    labels      A A A - B B B B'
+    """
+
+    tokens: np.ndarray
+    """(S + 1,) int32."""
+    starts: np.ndarray
+    """(pieces,) int32, increasing, the first 0."""
+    untargeted: np.ndarray
+    """(pieces,) int32. For instance 1 for a document that goes on here behind a new anchor: its
+    first token here was already the target of its last token in the other row."""
+    documents: np.ndarray
+    """(pieces,) int32: pieces of one document, in its order, have one number; the pad's is its own."""
+    pad_count: int
+
+    def labels(self) -> np.ndarray:
+        """(S,) int64: the next token of the same document, or `IGNORE_INDEX`."""
+        length = len(self.tokens) - 1
+        labels = self.tokens[1:].astype(np.int64)
+        labels[-1:][labels[-1:] == NO_TOKEN] = IGNORE_INDEX
+        ends = self.starts[1:] - 1
+        labels[ends] = IGNORE_INDEX
+        if self.documents[-1] != len(self.documents) - 1:  # interleaved chunks
+            order = np.argsort(self.documents, kind="stable")
+            same = np.diff(self.documents[order]) == 0
+            here, following = order[:-1][same], order[1:][same]
+            labels[self.starts[here + 1] - 1] = self.tokens[self.starts[following]]
+        if self.pad_count:
+            labels[length - self.pad_count :] = IGNORE_INDEX
+        for piece in np.flatnonzero(self.untargeted):
+            start = self.starts[piece]
+            labels[start : start + self.untargeted[piece]] = IGNORE_INDEX
+        return labels
+
+    def document_lengths(self) -> np.ndarray:
+        """(documents,) int64: tokens of each document in the row, padding as the last of them."""
+        lengths = np.diff(self.starts, append=len(self.tokens) - 1)
+        return np.bincount(self.documents, weights=lengths).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """A prepared set, memory-mapped. Pickles as its path, so it goes to workers at no cost."""
+
+    directory: Path
+    manifest: dict = field(repr=False)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in a row, S."""
+        return self.report["row_length"]
+
+    @property
+    def anchor_placement(self) -> str:
+        return self.report["anchor_placement"]
+
+    @property
+    def report(self) -> dict:
+        """The account: `document_tokens + anchors_added + pad_tokens == rows * row_length`."""
+        return self.manifest["report"]
+
+    @property
+    def pad_id(self) -> int:
+        return self.manifest["pad_id"]
+
+    @property
+    def target_counts(self) -> np.ndarray:
+        """(rows,) int32: targets in each row."""
+        return self._arrays["target_counts"]
+
+    @property
+    def pad_counts(self) -> np.ndarray:
+        """(rows,) int32: pad tokens in each row."""
+        return self._arrays["pad_counts"]
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """The files, mapped. As plain arrays: NumPy's memmap class makes every slice slow."""
+        return {
+            name: np.asarray(np.load(self.directory / f"{name}.npy", mmap_mode="r"))
+            for name in ARRAYS
+        }
+
+    def __len__(self) -> int:
+        return self.report["rows"]
+
+    def row(self, i: int) -> Row:
+        """Row `i`, 0 <= i < len(self); or `BLANK_ROW`."""
+        if i == BLANK_ROW:
+            return blank_row(self.row_length, self.pad_id)
+        arrays = self._arrays
+        pieces = slice(arrays["piece_offsets"][i], arrays["piece_offsets"][i + 1])
+        return Row(
+            tokens=arrays["tokens"][i],
+            starts=arrays["starts"][pieces],
+            untargeted=arrays["untargeted"][pieces],
+            documents=arrays["documents"][pieces],
+            pad_count=int(arrays["pad_counts"][i]),
+        )
+
+    def __reduce__(self):
+        return open_rows, (self.directory,)
+
+
+def blank_row(row_length: int, pad_id: int) -> Row:
+    """A row of padding: no targets, one piece."""
+    tokens = np.full(row_length + 1, pad_id, np.int32)
+    tokens[-1] = NO_TOKEN
+    zero = np.zeros(1, np.int32)
+    return Row(tokens, zero, zero, zero, pad_count=row_length)
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether this is a whole prepared set."""
+    return (path / MANIFEST).is_file()
+
+
+def open_rows(path: Path | str) -> PreparedRows:
+    """Open a prepared set.
+
+    Raises:
+        ValueError: there is none at `path`, or its preparation was cut off.
+    """
+    path = Path(path)
+    if not is_prepared(path):
+        raise ValueError(
+            f"{path} holds no prepared rows (no {MANIFEST}); make them with "
+            "`python -m anchor_context.data prepare`"
+        )
+    return PreparedRows(path, json.loads((path / MANIFEST).read_text()))
+
+
+class RowsWriter:
+    """Writes a prepared set row by row into a directory that nobody else looks at."""
+
+    def __init__(self, path: Path, row_length: int):
+        path.mkdir(parents=True)
+        self.path = path
+        self._files = {
+            name: _NpyFile(
+                path / f"{name}.npy",
+                np.int64 if name == "piece_offsets" else np.int32,
+                (row_length + 1,) if name == "tokens" else (),
+            )
+            for name in ARRAYS
+        }
+        self._files["piece_offsets"].append([0])
+        self.rows = self.targets = self.pad_tokens = self.pieces = 0
+
+    def append(self, row: Row) -> None:
+        targets = int((row.labels() != IGNORE_INDEX).sum())
+        self.rows += 1
+        self.targets += targets
+        self.pad_tokens += row.pad_count
+        self.pieces += len(row.starts)
+        for name, items in (
+            ("tokens", row.tokens[None]),
+            ("piece_offsets", [self.pieces]),
+            ("starts", row.starts),
+            ("untargeted", row.untargeted),
+            ("documents", row.documents),
+            ("pad_counts", [row.pad_count]),
+            ("target_counts", [targets]),
+        ):
+            self._files[name].append(items)
+
+    def finish(self, target: Path, manifest: dict) -> None:
+        """Close the set, sync it, and give it its name."""
+        for file in self._files.values():
+            file.close()
+        (self.path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for entry in sorted(self.path.rglob("*")):
+            _sync(entry)
+        _sync(self.path)
+        self.path.rename(target)
+        _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _NpyFile:
+    """An .npy file that grows; NumPy keeps room in the header for a longer first axis."""
+
+    def __init__(self, path: Path, dtype: type, item_shape: tuple[int, ...]):
+        self._file = path.open("wb")
+        self._dtype, self._item_shape, self._count = np.dtype(dtype), item_shape, 0
+        self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        buffer = io.BytesIO()
+        shape = (self._count, *self._item_shape)
+        entry = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(buffer, entry)
+        return buffer.getvalue()
+
+    def append(self, items: np.ndarray | list[int]) -> None:
+        items = np.ascontiguousarray(items, self._dtype)
+        assert items.shape[1:] == self._item_shape
+        self._file.write(items.data)
+        self._count += len(items)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._file.write(self._header())
+        self._file.close()
