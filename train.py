@@ -11,21 +11,23 @@ is in `anchor_context/attention/patterns.py`; follow a batch from `data/packing.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from anchor_context.util import setup_debugpy
 from termcolor import colored
 from tqdm import tqdm
 from transformers import (
@@ -37,6 +39,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     get_scheduler,
 )
+from transformers.utils import logging as transformers_logging
 
 from anchor_context.attention.patterns import check_pattern
 from anchor_context.data.loader import make_loader
@@ -49,7 +52,6 @@ from anchor_context.parallel.groups import RankGrid, make_grid, make_groups
 from anchor_context.parallel.shard import check_row_length, shard_batch
 from anchor_context.parallel.ulysses import check_heads
 from anchor_context.rope.scaling import apply_rope_settings
-from anchor_context.util import setup_debugpy
 
 # --------------------------------------------------------------------------------------------------
 # Flags. Dashes and underscores are the same: --seq-length and --seq_length.
@@ -171,6 +173,8 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
+    quiet_libraries()
+
     # ----------------------------------------------------------------------------------------------
     # Checks: everything that can be known before any heavy work.
 
@@ -209,7 +213,13 @@ def main(flags: Flags) -> None:
         gradient_accumulation_steps=flags.gradient_accumulate_every,
         log_with=trackers,
         project_dir=flags.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                # Named, because without a GPU Accelerate would take every rank for the only one.
+                backend="nccl" if torch.cuda.is_available() else "gloo",
+                timeout=timedelta(minutes=30),
+            )
+        ],
     )
     deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
     deepspeed_config["train_micro_batch_size_per_gpu"] = flags.batch_size
@@ -419,6 +429,13 @@ def main(flags: Flags) -> None:
 # The parts, in the order of their use.
 
 
+def quiet_libraries() -> None:
+    """Leave the terminal to the run: no notes of libraries about libraries."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+
+
 def check_flags(flags: Flags) -> None:
     """Raise `ValueError` for a flag's value, or a combination, that cannot work."""
     if not flags.dataset:
@@ -502,12 +519,12 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None
-    if window and window < flags.seq_length and flags.attn_engine == "flash":
-        if flags.attention_pattern == "anchor":
-            raise ValueError(
-                f"the model's sliding_window={window} would hide the anchor from tokens further than that "
-                "into a document: use --attn_engine flex, or set sliding_window to null in its config.json"
-            )
+    hidden = window is not None and window < flags.seq_length
+    if hidden and flags.attn_engine == "flash" and flags.attention_pattern == "anchor":
+        raise ValueError(
+            f"the model's sliding_window={window} would hide the anchor from tokens further than that "
+            "into a document: use --attn_engine flex, or set sliding_window to null in its config.json"
+        )
 
 
 def check_rotary_precision(model: torch.nn.Module) -> None:
@@ -560,10 +577,11 @@ def describe_run(
         f"model    {flags.model_name_or_path}: {parameters:,} parameters, {flags.mixed_precision} precision",
         f"engine   {engine}",
         f"pattern  {flags.attention_pattern}, anchors {prepared.anchor_placement}",
-        f"data     {data['documents']:,} documents, {data['document_tokens']:,} tokens -> {data['rows']:,} rows of "
-        f"{flags.seq_length:,} (+{data['anchors_added']:,} anchors, +{data['pad_tokens']:,} padding, "
-        f"{data['skipped_documents']:,} documents skipped)",
-        f"steps    {max_steps:,} of {rows_per_step} rows, {rows_per_step * flags.seq_length:,} tokens each "
+        f"data     {data['documents']:,} documents, {data['document_tokens']:,} tokens -> "
+        f"{data['rows']:,} rows of {flags.seq_length:,} (+{data['anchors_added']:,} anchors, "
+        f"+{data['pad_tokens']:,} padding, {data['skipped_documents']:,} documents skipped)",
+        f"steps    {max_steps:,} of {rows_per_step} rows, "
+        f"{rows_per_step * flags.seq_length:,} tokens each "
         f"({max_steps * rows_per_step / data['rows']:.2f} epochs)",
     ]
     print(colored("\n".join(lines), "green"), flush=True)
