@@ -42,6 +42,7 @@ class _UlyssesByDocument(nn.Module):
         Raises:
             ValueError: heads that do not divide over the ranks, or bad boundaries.
         """
+        from anchor_context.parallel.account import CommAccount
         from anchor_context.parallel.ulysses import check_heads, ulysses  # imports yunchang itself
 
         degree = dist.get_world_size(self.group)
@@ -53,7 +54,7 @@ class _UlyssesByDocument(nn.Module):
         layout = layout_of_starts(
             starts, like=rows, pattern=self.pattern, anchor_placement=self.anchor_placement
         )
-        attend = ulysses(self._engine(query), self.group)
+        attend = ulysses(self._engine(query), self.group, CommAccount())
         scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
         return attend(*heads_first, layout, scale=scale).transpose(1, 2)

@@ -1,0 +1,34 @@
+"""The Hugging Face Trainer with AnchorAttention: two lines more than without it.
+
+    PYTHONPATH=. python examples/trainer.py MODEL TEXTS.jsonl OUTPUT_DIR [--max_steps 100 …]
+
+MODEL is a folder or hub name, each line of TEXTS.jsonl has a "text", and whatever follows is
+for `TrainingArguments`. A batch of N documents is one row, each document behind its anchor.
+"""
+
+import sys
+
+from datasets import load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
+
+from anchor_context import AnchorDataCollator, patch_model
+
+name, texts, output_dir, *flags = sys.argv[1:]
+(arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+    ["--output_dir", output_dir, *flags]
+)
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = patch_model(AutoModelForCausalLM.from_pretrained(name), engine="flash", pattern="anchor")
+collator = AnchorDataCollator(tokenizer, engine="flash", pattern="anchor")
+texts = load_dataset("json", data_files=texts, split="train")
+documents = texts.map(lambda x: tokenizer(x["text"] + tokenizer.eos_token), remove_columns=["text"])
+
+Trainer(model, arguments, data_collator=collator, train_dataset=documents).train()
+model.save_pretrained(output_dir)  # a plain Hugging Face model: no trace of the patch
+tokenizer.save_pretrained(output_dir)

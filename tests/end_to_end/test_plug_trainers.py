@@ -1,0 +1,235 @@
+"""The Hugging Face Trainer and TRL's SFTTrainer with AnchorAttention, against train.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from anchor_context import AnchorDataCollator, patch_model
+from anchor_context.data.loader import RowOrder
+from anchor_context.data.packing import prepare_rows
+
+ROOT = Path(__file__).parents[2]
+ROW = 64
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# Lengths with BOS and EOS; best-fit packing makes eight full rows of them.
+LENGTHS = [44, 20, 40, 24, 32, 32, 64, 50, 14, 60, 4, 54, 10, 30, 34, 36, 28]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A tiny LLaMA and a tokenizer of 60 words, BOS in front of every text."""
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(60)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<s>", "</s>"])
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def texts() -> list[str]:
+    random = np.random.default_rng(0)  # six words: soon learnt how often each comes
+    return [" ".join(f"w{i}" for i in random.integers(0, 6, n - 2)) for n in LENGTHS]
+
+
+class Losses(TrainerCallback):
+    """The loss that the trainer logs at every step."""
+
+    def __init__(self):
+        self.values: list[float] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.values.append(logs["loss"])
+
+
+SETTINGS = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "adam_beta2": 0.95,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "logging_steps": 1,
+    "train_sampling_strategy": "sequential",
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_drop_last": False,
+}
+
+
+def train_py(model_folder: Path, folder: Path, rows: list[list[str]], engine: str) -> list[float]:
+    """train.py on the documents in the order of the rows; the losses of its steps."""
+    lines = (json.dumps({"text": text}) for row in rows for text in row)
+    (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", "accelerate_configs/cpu.yaml", "--num_processes", "1"]
+    command += ["--main_process_port", "0", "train.py"]
+    command += ["--model_name_or_path", model_folder, "--dataset", folder / "texts.jsonl"]
+    command += ["--cache_dir", folder / "cache", "--output-dir", folder / "run"]
+    command += ["--seq-length", ROW, "--mixed_precision", "no", "--attn_engine", engine]
+    command += ["--batch-size", 1, "--gradient-accumulate-every", 2]
+    command += ["--max-train-steps", SETTINGS["max_steps"], "--learning-rate", 1e-2, "--seed", 7]
+    result = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def patched(model_folder: Path):
+    return patch_model(AutoModelForCausalLM.from_pretrained(model_folder), engine="flash")
+
+
+def test_both_trainers_and_train_py_agree_at_every_step(model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    collator = AnchorDataCollator(tokenizer, engine="flash")
+    sft_losses, trainer_losses = Losses(), Losses()
+
+    # TRL packs the texts into rows.
+    sft = SFTTrainer(
+        patched(model_folder),
+        SFTConfig(output_dir=tmp_path / "sft", packing=True, max_length=ROW, **SETTINGS),
+        train_dataset=Dataset.from_dict({"text": texts()}),
+        processing_class=tokenizer,
+        callbacks=[sft_losses],
+    )
+    sft.data_collator = collator
+    packed = sft.train_dataset.with_format(None)
+    assert all(len(row["input_ids"]) == ROW for row in packed)
+    assert max(len(row["seq_lengths"]) for row in packed) >= 2
+
+    # train.py gets the same rows: the documents one after the other fill them exactly.
+    rows = []
+    for row in packed:
+        documents = np.split(row["input_ids"], np.cumsum(row["seq_lengths"])[:-1])
+        rows.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in documents])
+    expected = train_py(model_folder, tmp_path, rows, "flash")
+    prepared = prepare_rows(
+        str(tmp_path / "texts.jsonl"),
+        data_format="raw_json",
+        tokenizer=tokenizer,
+        vocab_size=64,
+        row_length=ROW,
+        anchor_placement="per_document",
+        cache_dir=tmp_path / "cache",
+    )
+    assert [list(r[:ROW]) for r in prepared.tokens] == [row["input_ids"] for row in packed]
+    steps = RowOrder(rows=len(prepared), seed=7, rows_per_step=2, total_rows=None)
+    order = np.concatenate([steps.step(2 * step) for step in range(SETTINGS["max_steps"])])
+
+    sft.train_dataset = sft.train_dataset.select(order)
+    sft.train()
+    trainer = Trainer(
+        patched(model_folder),
+        TrainingArguments(
+            output_dir=tmp_path / "trainer",
+            remove_unused_columns=False,  # keeps seq_lengths
+            **SETTINGS,
+        ),
+        data_collator=collator,
+        train_dataset=packed.select(order),
+        callbacks=[trainer_losses],
+    )
+    trainer.train()
+
+    assert len(set(expected)) == len(expected) == SETTINGS["max_steps"]
+    np.testing.assert_allclose(trainer_losses.values, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(sft_losses.values, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("example", ["trainer.py", "sft_trainer.py"])
+def test_an_example_trains_and_leaves_a_plain_model(model_folder, tmp_path, example):
+    lines = (json.dumps({"text": text}) for text in texts())
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, f"examples/{example}", model_folder, tmp_path / "texts.jsonl"]
+    command += [
+        tmp_path / "out",
+        "--max_steps",
+        "3",
+        "--learning_rate",
+        "1e-2",
+        "--use_cpu",
+        "true",
+    ]
+    command += ["--logging_steps", "1", "--report_to", "none", "--per_device_train_batch_size", "4"]
+    command += ["--save_strategy", "steps", "--save_steps", "3"]
+    command += ["--bf16", "false"] + ["--max_length", str(ROW)] * (example == "sft_trainer.py")
+    result = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    state = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+    program = "import sys, torch; from transformers import AutoModelForCausalLM as M\n"
+    program += "model = M.from_pretrained(sys.argv[1]); assert 'anchor' not in str(model.config)\n"
+    program += "model.generate(torch.tensor([[0, 5, 6]]), max_new_tokens=3)\n"
+    subprocess.run([sys.executable, "-c", program, tmp_path / "out"], check=True, cwd=tmp_path)
+
+
+def test_trl_alone_with_a_patched_model_states_boundaries_enough(model_folder, tmp_path):
+    """No collator of ours: TRL's own passes cu_seq_lens_q, and every text begins with BOS."""
+    losses = Losses()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    trainer = SFTTrainer(
+        patched(model_folder),
+        SFTConfig(output_dir=tmp_path / "sft", packing=True, max_length=ROW, **SETTINGS),
+        train_dataset=Dataset.from_dict({"text": texts()}),
+        processing_class=tokenizer,
+        callbacks=[losses],
+    )
+    own = AnchorDataCollator(tokenizer)
+    batch = [trainer.train_dataset[0]]
+    own_loss = trainer.model(**own(batch)).loss.item()
+    theirs = trainer.data_collator(batch)
+    assert "cu_seq_lens_q" in theirs and "layout" not in theirs
+    assert trainer.model(**theirs).loss.item() == pytest.approx(own_loss, abs=1e-6)
+    trainer.train()
+    assert losses.values[-1] < losses.values[0]
