@@ -1,0 +1,329 @@
+"""Sequence parallelism measured: bytes, balance and step time per layout.
+
+    python benchmarks/sequence_parallel.py                 # under a minute on two cores
+    python benchmarks/sequence_parallel.py --rows 200      # more rows on paper
+    python benchmarks/sequence_parallel.py --step_row_length 16384 --steps 3
+
+Two parts. *On paper*, for rows of log-normal documents and for one row-long document: what each placement
+of blocks on ring ranks leaves of imbalance and bytes; `step_s` is null. *Really run*, on gloo
+processes on this machine: forward and backward of one attention layer on shorter rows, with the bytes
+that the processes counted as sent, which must equal the predicted ones.
+
+    imbalance         attention pairs of the busiest rank over the mean, mean over rows
+    sent_bytes        sent by all ranks together, per row, layer and forward, mean over rows
+    plain_ring_bytes  the same of a ring that passes every key and value to every rank
+    minimum_bytes     the same of one contiguous piece of the row per rank: no placement of equally many
+                      tokens in one piece each can send less, but its busiest rank sets the pace
+    plan_s            planning one row, median
+    step_s            forward and backward of one layer by the slowest rank, median (processes
+                      share this machine's cores: compare layouts, not machines)
+
+Bytes on paper are bfloat16 keys and values of 8 heads of 128 (LLaMA-3-8B's); those really run are float32,
+--kv_heads of --head_dim. A backward sends the gradients of what the forward sent, as many bytes again;
+Ulysses sends its four all-to-alls, forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import socket
+import statistics
+import sys
+import time
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from anchor_context.attention.patterns import make_layout
+from anchor_context.engine import make_engine
+from anchor_context.parallel.groups import make_grid, make_groups
+from anchor_context.parallel.plan import (
+    BLOCKS_PER_RANK,
+    RowPlan,
+    contiguous_plan,
+    cut_row,
+    plan_row,
+)
+from anchor_context.parallel.shard import shard_batch
+from anchor_context.parallel.ulysses import kv_repeats
+
+PAPER_BYTES_PER_TOKEN = 2 * 8 * 128 * 2  # keys and values, heads, head size, bfloat16
+ROW_KINDS = (
+    (1339, 1.0),
+    (1339, 1.4),
+    (None, None),
+)  # median and sigma of documents; None: one document
+SIZES = ((131072, 8), (32768, 4))  # row length, ring ranks
+LAYOUTS = {  # really run: name -> (ring degree, Ulysses degree)
+    "one rank": (1, 1),
+    "ring 2": (2, 1),
+    "ring 4": (4, 1),
+    "hybrid 2x2": (2, 2),
+    "Ulysses 2": (1, 2),
+    "Ulysses 4": (1, 4),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=60, help="rows of each kind on paper")
+    parser.add_argument("--seed", type=int, default=0, help="of the document lengths")
+    parser.add_argument("--step_row_length", type=int, default=4096, help="tokens, really run")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="timed steps per layout; 0: paper only"
+    )
+    parser.add_argument("--heads", type=int, default=8, help="query heads, really run")
+    parser.add_argument("--kv_heads", type=int, default=2, help="key/value heads, really run")
+    parser.add_argument("--head_dim", type=int, default=64, help="head size, really run")
+    flags = parser.parse_args()
+
+    results = []
+    for row_length, ranks in SIZES:
+        for median, sigma in ROW_KINDS:
+            results += on_paper(row_length, ranks, median, sigma, flags)
+    if flags.steps:
+        results += really_run(flags)
+    print_table(results)
+    print(json.dumps(report(results)))
+
+
+# --- on paper -------------------------------------------------------------------------------------
+
+
+def on_paper(row_length: int, ranks: int, median, sigma, flags) -> list[dict]:
+    """One result for each placement: contiguous, zigzag and the planner's."""
+    rows = make_rows(row_length, median, sigma, rows=flags.rows, seed=flags.seed)
+    placements = {"contiguous": plan_contiguous, "zigzag": plan_zigzag, "planned ring": plan_row}
+    results = []
+    for name, place in placements.items():
+        plans, seconds = [], []
+        for boundaries in rows:
+            start = time.perf_counter()
+            plans.append(place(boundaries, ranks=ranks))
+            seconds.append(time.perf_counter() - start)
+        results.append(
+            result(
+                layout=name,
+                ranks=ranks,
+                row_length=row_length,
+                median=median,
+                sigma=sigma,
+                imbalance=statistics.mean(plan.imbalance for plan in plans),
+                sent=statistics.mean(plan.sent_tokens for plan in plans) * PAPER_BYTES_PER_TOKEN,
+                plain=(ranks - 1) * row_length * PAPER_BYTES_PER_TOKEN,
+                minimum=minimum_tokens(rows, ranks) * PAPER_BYTES_PER_TOKEN,
+                plan_s=statistics.median(seconds),
+                step_s=None,
+            )
+        )
+    return results
+
+
+def make_rows(row_length: int, median, sigma, *, rows: int, seed: int) -> list[np.ndarray]:
+    """Boundaries of packed rows of log-normal documents (at least 32 tokens); a cut one goes on."""
+    if median is None:
+        return [np.array([0, row_length])]
+    rng = np.random.default_rng(seed)
+    total, ends = rows * row_length, [0]
+    while ends[-1] < total:
+        ends.append(ends[-1] + int(max(32, rng.lognormal(np.log(median), sigma))))
+    edges = np.union1d(np.minimum(ends, total), np.arange(0, total + 1, row_length))
+    starts = np.searchsorted(edges, np.arange(0, total + 1, row_length))
+    return [edges[first : last + 1] - edges[first] for first, last in pairwise(starts)]
+
+
+def plan_contiguous(boundaries: np.ndarray, *, ranks: int) -> RowPlan:
+    """One piece of the row per rank."""
+    return contiguous_plan(cut_row(boundaries, blocks=ranks), ranks=ranks)
+
+
+def plan_zigzag(boundaries: np.ndarray, *, ranks: int) -> RowPlan:
+    """Rank r owns blocks r and 2 P - 1 - r: the balance of one row-long document."""
+    owner = np.concatenate((np.arange(ranks), np.arange(ranks)[::-1]))
+    return RowPlan(cut_row(boundaries, blocks=2 * ranks), owner, ranks)
+
+
+def minimum_tokens(rows: list[np.ndarray], ranks: int) -> float:
+    return statistics.mean(plan_contiguous(row, ranks=ranks).sent_tokens for row in rows)
+
+
+# --- really run -----------------------------------------------------------------------------------
+
+
+def really_run(flags) -> list[dict]:
+    """One result for each kind of row and layout: a layer's time, the bytes the processes counted."""
+    row_length, results = flags.step_row_length, []
+    for ranks in (1, 2, 4):
+        cases = []
+        for median, sigma in ROW_KINDS:
+            # Documents shrink with the row, or most rows would hold one alone.
+            median = median and median * row_length // SIZES[-1][0]
+            (boundaries,) = make_rows(row_length, median, sigma, rows=1, seed=flags.seed)
+            cases += [
+                (name, median, sigma, boundaries)
+                for name, (ring_degree, ulysses_degree) in LAYOUTS.items()
+                if ring_degree * ulysses_degree == ranks
+            ]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        found = mp.get_context("spawn").SimpleQueue()
+        mp.spawn(attend_cases, (ranks, port, cases, flags, found), nprocs=ranks)
+        of_ranks = [found.get() for _ in range(ranks)]
+        for case, of_case in zip(cases, zip(*of_ranks, strict=True), strict=True):
+            results.append(result_of_run(*case, of_case, flags))
+    return results
+
+
+def result_of_run(name: str, median, sigma, boundaries: np.ndarray, of_ranks, flags) -> dict:
+    """Joins what the ranks measured with the prediction, which must be right."""
+    ring_degree, ulysses_degree = LAYOUTS[name]
+    ranks, row_length = ring_degree * ulysses_degree, int(boundaries[-1])
+    plan = plan_row(boundaries, ranks=ring_degree)
+    per_token = 2 * flags.kv_heads * flags.head_dim * 4
+    # Ulysses ranks share a token's heads, and repeat them where there are too few to share.
+    repeats = kv_repeats(flags.kv_heads, ulysses_degree)
+    ring_bytes = sum(one["ring_kv"] for one in of_ranks)
+    assert ring_bytes == plan.sent_tokens * per_token * repeats, "the prediction is wrong"
+    return result(
+        layout=name,
+        ranks=ranks,
+        row_length=row_length,
+        median=median,
+        sigma=sigma,
+        imbalance=plan.imbalance,
+        sent=ring_bytes + sum(one["ulysses"] for one in of_ranks),
+        plain=(ranks - 1) * row_length * per_token,
+        minimum=minimum_tokens([boundaries], ranks) * per_token,
+        plan_s=statistics.median(time_plans(boundaries, ring_degree)),
+        step_s=max(one["step_s"] for one in of_ranks),
+    )
+
+
+def time_plans(boundaries: np.ndarray, ranks: int) -> list[float]:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        plan_row(boundaries, ranks=ranks)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def attend_cases(rank: int, world: int, port: int, cases, flags, found) -> None:
+    """One rank: every case in turn."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    found.put([attend_steps(rank, world, name, rows, flags) for name, _, _, rows in cases])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def attend_steps(rank: int, world: int, name: str, boundaries: np.ndarray, flags) -> dict:
+    """A warm-up and the timed steps of one layer on this rank, and the bytes of a forward."""
+    ring_degree, ulysses_degree = LAYOUTS[name]
+    grid = make_grid(
+        rank=rank, world_size=world, ring_degree=ring_degree, ulysses_degree=ulysses_degree
+    )
+    ring_group, ulysses_group = make_groups(grid, rank=rank, world_size=world)
+    engine = make_engine(
+        "flash",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        grid=grid,
+        ring_group=ring_group,
+        ulysses_group=ulysses_group,
+    )
+    row_length = int(boundaries[-1])
+    layout = make_layout(
+        boundaries[:-1],
+        batch_size=1,
+        row_length=row_length,
+        pattern="intra_doc",
+        anchor_placement="none",
+    )
+    index = torch.arange(row_length)[None]
+    batch = {"input_ids": index, "labels": index, "position_ids": index, "layout": layout}
+    layout = shard_batch(batch, grid=grid)["layout"]
+    q, k, v = (
+        torch.randn(1, heads, row_length // world, flags.head_dim, requires_grad=True)
+        for heads in (flags.heads, flags.kv_heads, flags.kv_heads)
+    )
+    seconds, sent = [], {}
+    for _ in range(flags.steps + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        out = engine.attend(q, k, v, layout, scale=flags.head_dim**-0.5)
+        forward = engine.account.take()
+        sent = {kind: forward.get(kind, {"sent": 0})["sent"] for kind in ("ring_kv", "ulysses")}
+        out.sum().backward()
+        seconds.append(time.perf_counter() - start)
+    return {"step_s": statistics.median(seconds[1:]), **sent}
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def result(*, sent: float, plain: float, minimum: float, **columns) -> dict:
+    """One line of the table; bytes are whole."""
+    plan_s, step_s = columns.pop("plan_s"), columns.pop("step_s")
+    return columns | {
+        "sent_bytes": round(sent),
+        "plain_ring_bytes": round(plain),
+        "minimum_bytes": round(minimum),
+        "plan_s": plan_s,
+        "step_s": step_s,
+    }
+
+
+def print_table(results: list[dict]) -> None:
+    print(
+        f"{'layout':13} {'ranks':>5} {'row':>7} {'median':>6} {'sigma':>5} {'imbalance':>9} "
+        f"{'sent MiB':>9} {'of plain':>8} {'minimum':>8} {'plan ms':>8} {'step ms':>8}"
+    )
+    for one in results:
+        plain = one["plain_ring_bytes"]
+        share, least = (
+            f"{one[key] / plain:.3f}" if plain else "-" for key in ("sent_bytes", "minimum_bytes")
+        )
+        step = "-" if one["step_s"] is None else f"{one['step_s'] * 1e3:.1f}"
+        print(
+            f"{one['layout']:13} {one['ranks']:5} {one['row_length']:7} {one['median'] or '-':>6} "
+            f"{one['sigma'] or '-':>5} {one['imbalance']:9.3f} {one['sent_bytes'] / 2**20:9.2f} "
+            f"{share:>8} {least:>8} {one['plan_s'] * 1e3:8.2f} {step:>8}"
+        )
+
+
+def report(results: list[dict]) -> dict:
+    return {
+        "benchmark": "sequence_parallel",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, gloo on one machine",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "numpy", "yunchang")},
+        },
+        "command": shlex.join(["python", *sys.argv]),
+        "ceiling": {
+            "imbalance": 1.0,
+            "sent_bytes": "minimum_bytes",
+            "blocks_per_rank": BLOCKS_PER_RANK,
+        },
+        "results": results,
+    }
+
+
+if __name__ == "__main__":
+    main()
