@@ -1,0 +1,177 @@
+"""The flags of train.py: each has a reader, upstream's names work, bad ones are refused with a remedy."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma2Config, HfArgumentParser, LlamaConfig, MistralConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import train
+from anchor_context.parallel.groups import RankGrid
+
+GOOD = train.Flags(model_name_or_path="model", dataset="data.jsonl", seq_length=4096)
+
+UPSTREAM_LINE = (
+    "--batch-size 1 --gradient-accumulate-every 8 --seed 2023 --output-dir out --wandb project "
+    "--max-train-steps 2000 --learning-rate 2e-5 --dataset data --data-format tokenized "
+    "--model_name_or_path model --seq-length 4096 --model_max_position_embeddings 4096 "
+    "--rope-theta 1000000 --rope_scaling_type default --rope_scaling_factor 16 --max_grad_norm 1 "
+    "--parallel_mode ulysses_attn --attn_engine flash --save_per_hours 5 --saving_interval 500 "
+    "--min_steps_for_save 100"
+)
+
+
+def parse(line: str) -> train.Flags:
+    return HfArgumentParser(train.Flags, allow_abbrev=False).parse_args_into_dataclasses(
+        line.split()
+    )[0]
+
+
+def test_every_flag_has_a_reader():
+    """A flag that nothing reads is a promise that nothing keeps."""
+    reads = {
+        node.attr
+        for node in ast.walk(ast.parse(Path(train.__file__).read_text()))
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "flags"
+    }
+
+    assert {field.name for field in fields(train.Flags)} - reads == set()
+
+
+@pytest.mark.parametrize("swap", [("-", "-"), ("_", "-"), ("-", "_")])
+def test_upstreams_flag_line_parses_with_dashes_and_underscores(swap):
+    words = UPSTREAM_LINE.split()
+    words = [w[:2] + w[2:].replace(*swap) if w.startswith("--") else w for w in words]
+    flags = parse(" ".join(words))
+    assert (flags.seq_length, flags.rope_theta, flags.rope_scaling_factor) == (4096, 1e6, 16.0)
+    assert (flags.gradient_accumulate_every, flags.wandb, flags.data_format) == (
+        8,
+        "project",
+        "tokenized",
+    )
+    train.check_flags(flags)
+
+
+def test_unknown_and_shortened_flags_are_refused(capsys):
+    for line in ("--sequence-length 4096", "--seq 4096", "--attn_engine ring"):
+        with pytest.raises((SystemExit, ValueError)) as error:
+            parse("--model_name_or_path m " + line)
+        assert line.split()[0] in capsys.readouterr().err + str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dataset": ""}, "--dataset is missing"),
+        ({"seq_length": 1}, "--seq-length 1"),
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"max_train_steps": 0}, "--max_train_steps 0"),
+        ({"learning_rate": -1.0}, "--learning_rate -1.0"),
+        ({"warmup_steps": 20, "max_train_steps": 10}, "--warmup_steps 20 is more than"),
+        ({"attn_engine": "flex", "attn_kernel": "torch_cpu"}, "belongs to --attn_engine flash"),
+        ({"anchor_placement": "shared"}, "needs --attn_engine flex"),
+    ],
+)
+def test_bad_values_are_refused(change, says):
+    train.check_flags(GOOD)
+    with pytest.raises(ValueError, match=says):
+        train.check_flags(replace(GOOD, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "grid"),
+    [
+        ({}, (4, 1, 1)),
+        ({"parallel_mode": "ulysses_attn"}, (1, 1, 4)),
+        ({"parallel_mode": "ulysses_attn", "ulysses_degree": 2}, (2, 1, 2)),
+        ({"parallel_mode": "ring_attn"}, (1, 4, 1)),
+        ({"parallel_mode": "hybrid_attn", "ulysses_degree": 2, "ring_degree": 2}, (1, 2, 2)),
+    ],
+)
+def test_parallel_modes_become_a_grid(change, grid, monkeypatch):
+    launched(monkeypatch)
+    got = train.plan_grid(replace(GOOD, **change))
+    assert (got.data_degree, got.ring_degree, got.ulysses_degree) == grid
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"ulysses_degree": 2}, "--ulysses_degree does not go with --parallel_mode data_parallel"),
+        (
+            {"parallel_mode": "hybrid_attn", "ulysses_degree": 2},
+            "needs --ulysses_degree and --ring_degree",
+        ),
+        ({"parallel_mode": "ulysses_attn", "ulysses_degree": 3}, r"does not divide the 4 ranks"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(change, says, monkeypatch):
+    launched(monkeypatch)
+    with pytest.raises(ValueError, match=says):
+        train.plan_grid(replace(GOOD, **change))
+
+
+def launched(monkeypatch) -> None:
+    """As `accelerate launch` with four processes leaves the environment."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", "ACCELERATE_USE_DEEPSPEED": "true"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_plain_python_start_says_how_to_launch(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="accelerate launch"):
+        train.plan_grid(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "grid", "says"),
+    [
+        (
+            LlamaConfig(num_attention_heads=6, hidden_size=48),
+            {},
+            RankGrid(ulysses_degree=4),
+            "6 attention heads",
+        ),
+        (MistralConfig(sliding_window=512), {}, RankGrid(), "sliding_window=512"),
+        (Gemma2Config(), {}, RankGrid(), "attn_logit_softcapping"),
+    ],
+)
+def test_models_that_cannot_be_trained_so_are_refused(config, change, grid, says):
+    with pytest.raises(ValueError, match=says):
+        train.check_model(config, replace(GOOD, **change), grid)
+
+
+def test_models_that_can_be_trained_pass():
+    train.check_model(
+        MistralConfig(sliding_window=512), replace(GOOD, attn_engine="flex"), RankGrid()
+    )
+    train.check_model(MistralConfig(sliding_window=8192), GOOD, RankGrid())
+    # Qwen2 carries a window that it does not use.
+    train.check_model(Qwen2Config(sliding_window=512, use_sliding_window=False), GOOD, RankGrid())
+
+
+def test_an_output_folder_with_another_run_is_refused(tmp_path):
+    train.check_output_is_free(tmp_path, GOOD)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="holds another run .*--resume auto"):
+        train.check_output_is_free(tmp_path, GOOD)
+    train.check_output_is_free(tmp_path, replace(GOOD, resume="auto"))
+
+
+def test_rounded_rotary_frequencies_are_caught():
+    rotary = torch.nn.Sequential(LlamaRotaryEmbedding(LlamaConfig()))
+    train.check_rotary_precision(rotary)
+    with pytest.raises(RuntimeError, match="inv_freq is torch.bfloat16"):
+        train.check_rotary_precision(rotary.to(torch.bfloat16))
+
+
+def test_models_are_saved_at_the_interval_itself():
+    """Upstream saved ten, twenty, thirty and forty steps before it, and never at it."""
+    flags = replace(GOOD, saving_interval=50, min_steps_for_save=100)
+    due = [step for step in range(1, 231) if train.save_model_now(flags, step, max_steps=230)]
+    assert due == [100, 150, 200, 230]
