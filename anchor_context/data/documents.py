@@ -100,7 +100,7 @@ class DocumentReader:
         if isinstance(record, Broken):
             raise BadRecord(record)
         if not isinstance(record, dict):
-            raise BadRecord(f"a JSON {_kind(record)}, not an object")
+            raise BadRecord(f"{_kind(record)}, not an object")
         return (
             self._parse_text(record) if self.data_format == "raw_json" else self._parse_ids(record)
         )

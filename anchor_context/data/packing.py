@@ -30,10 +30,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from anchor_context.attention.patterns import ANCHOR_PLACEMENTS
-from anchor_context.data import strategies
+from anchor_context.data import sampling, strategies
 from anchor_context.data.documents import DATA_FORMATS, DocumentReader
 from anchor_context.data.interleaving import interleave
 from anchor_context.data.rows import (
+    DOCUMENT_LENGTHS,
     NO_TOKEN,
     PreparedRows,
     Row,
@@ -78,6 +79,10 @@ class Options:
         ):
             if value not in choices:
                 raise ValueError(f"{flag} {value} is unknown; choose from {', '.join(choices)}")
+        if self.upsample_long is not None:
+            sampling.Upsampling.parse(self.upsample_long)
+        if self.mixture is not None:
+            sampling.parse_mixture(self.mixture)
         if self.row_length < 2:
             raise ValueError(
                 f"--seq-length {self.row_length} leaves no room for a target; use 2 or more"
@@ -244,7 +249,7 @@ def _lay_rows(
         shutil.rmtree(leftover, ignore_errors=True)
     length, placement = options.row_length, options.anchor_placement
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else anchor_id
-    order = np.arange(len(store.lengths))
+    order = _laying_order(store, options)
     layer = _RowLayer(options, anchor_id, pad_id)
     writer = RowsWriter(unfinished, length)
     pack = {"concat": strategies.concat, "best_fit": strategies.best_fit}[options.strategy]
@@ -260,6 +265,9 @@ def _lay_rows(
 
     report = {
         "documents": len(order),
+        "documents_read": len(store.lengths),
+        "documents_left_out": len(store.lengths) - len(np.unique(order)),
+        "documents_cut": layer.documents_cut,
         "document_tokens": layer.document_tokens,
         "rows": writer.rows,
         "anchors_added": layer.anchors_added,
@@ -271,14 +279,38 @@ def _lay_rows(
         "strategy": options.strategy,
         "anchors_merged": layer.anchors_merged,
         "tag_tokens": layer.tag_tokens,
+        "sources": _tokens_per_source(store, order),
     }
     laid = report["document_tokens"] + report["anchors_added"] + report["pad_tokens"]
     assert laid == writer.rows * length, report
     with (unfinished / "skipped.jsonl").open("w") as file:
         for entry in store.skipped():
             file.write(json.dumps(entry) + "\n")
+    np.save(unfinished / DOCUMENT_LENGTHS, store.lengths[order])
     tokenizer.save_pretrained(unfinished / "tokenizer")
     writer.finish(target, {"report": report, "pad_id": pad_id, "fingerprint": fingerprint})
+
+
+def _laying_order(store: TokenStore, options: Options) -> np.ndarray:
+    """The numbers of the documents to lay, in order."""
+    if options.upsample_long is None and options.mixture is None:
+        return np.arange(len(store.lengths))
+    times = sampling.copies(
+        store.lengths,
+        store.source_ids,
+        store.sources,
+        upsampling=options.upsample_long and sampling.Upsampling.parse(options.upsample_long),
+        mixture=options.mixture and sampling.parse_mixture(options.mixture),
+        seed=options.seed,
+    )
+    return sampling.laying_order(times)
+
+
+def _tokens_per_source(store: TokenStore, order: np.ndarray) -> dict[str, int]:
+    """Tokens of the documents laid, by source; as read, without anchors and tags."""
+    count = len(store.sources)
+    tokens = np.bincount(store.source_ids[order], weights=store.lengths[order], minlength=count)
+    return dict(zip(store.sources, tokens.astype(int).tolist(), strict=True))
 
 
 def _tags(sources: list[str], tokenizer) -> list[np.ndarray]:
@@ -297,19 +329,21 @@ class _RowLayer:
         self.anchors_added = 0
         self.anchors_merged = 0
         """Anchors that documents brought, for which the row's shared one stands."""
+        self.documents_cut = 0
         self.tag_tokens = 0
         self._rows = 0
 
     def bodies(
         self, store: TokenStore, order: np.ndarray, tags: list[np.ndarray] | None
     ) -> Iterator[Body]:
-        anchored = self.options.anchor_placement != "none"
+        placement = self.options.anchor_placement
         for block in store.blocks(order):
-            own = (block.tokens[block.starts] == self.anchor_id) & anchored
+            own = (block.tokens[block.starts] == self.anchor_id) & (placement != "none")
             starts = block.starts + own
             for start, stop, brought, source in zip(
                 starts.tolist(), block.stops.tolist(), own.tolist(), block.source_ids, strict=True
             ):
+                self.anchors_merged += brought and placement == "shared"
                 tokens = block.tokens[start:stop]
                 if tags is None:
                     yield Body(tokens, 0, brought)
@@ -338,12 +372,12 @@ class _RowLayer:
                 self.document_tokens += own
             else:
                 untargeted.append(max(body.tag - start - 1, 0))
-                self.anchors_merged += first and body.own_anchor
             tokens[at : at + stop - start] = body.tokens[start:stop]
             at += stop - start
             self.document_tokens += stop - start
             self.tag_tokens += max(0, min(stop, body.tag) - start)
         last = pieces[-1]
+        self.documents_cut += last.first and last.goes_on
         goes_on = last.goes_on and last.stop >= last.body.tag
         tokens[length] = last.body.tokens[last.stop] if goes_on else NO_TOKEN
         pad_count = length - at

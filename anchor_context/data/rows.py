@@ -9,6 +9,7 @@ A prepared set is a directory:
     documents.npy       (pieces,) int32: its document, counted within the row
     pad_counts.npy      (rows,) int32: pad tokens at the row's end; if any, they are its last piece
     target_counts.npy   (rows,) int32
+    document_lengths.npy (documents,) int32: tokens of each document laid, as read
     skipped.jsonl       the records left out
     tokenizer/          the tokenizer that made the tokens
     manifest.json       the report and the fingerprint; written last
@@ -32,6 +33,7 @@ import numpy as np
 from anchor_context.layout import IGNORE_INDEX
 
 MANIFEST = "manifest.json"
+DOCUMENT_LENGTHS = "document_lengths.npy"
 ARRAYS = (
     "tokens",
     "piece_offsets",

@@ -202,8 +202,11 @@ def _open(name: str, columns: list[str]) -> tuple[str, Iterator[Record]]:
 
 
 def _decompressed(name: str) -> io.BufferedReader:
-    """The file's bytes; PyArrow's streams, unlike others, notice a cut-off gzip *and* a cut-off zstd."""
-    return io.BufferedReader(pyarrow.input_stream(name, compression="detect"), 1 << 20)
+    """The file's bytes. PyArrow's streams, unlike others, notice a cut-off gzip *and* a cut-off zstd.
+
+    The buffer is small because what is in it when the file breaks off is lost.
+    """
+    return io.BufferedReader(pyarrow.input_stream(name, compression="detect"), 16 << 10)
 
 
 def _json_lines(name: str) -> Iterator[Record]:
@@ -261,25 +264,32 @@ def _table_rows(name: str, columns: list[str]) -> Iterator[Record]:
     """Rows of a parquet file, a `save_to_disk` directory or a hub data set, through `datasets`."""
     import datasets
 
-    if name.endswith(".parquet"):
-        table = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
-    elif Path(name).exists():
-        table = datasets.load_from_disk(name)
-    else:
-        table = datasets.load_dataset(name, streaming=True)
-    if isinstance(table, dict):
-        if "train" not in table:
-            raise ValueError(f"--dataset {name} has no split `train`, only {sorted(table)}")
-        table = table["train"]
-    known = table.column_names
-    if known is not None:
-        table = table.select_columns([c for c in columns if c in known])
-
     number = 0
     try:
+        table = _train_split(name)
+        known = table.column_names
+        if known is not None:
+            table = table.select_columns([column for column in columns if column in known])
+        # Few rows at once: a pre-tokenised row alone may be millions of Python integers.
         for batch in table.with_format("arrow").iter(batch_size=16):
             for row in batch.to_pylist():
                 number += 1
                 yield row
     except (OSError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         yield Broken(f"the file cannot be read beyond row {number}: {error}")
+
+
+def _train_split(name: str) -> object:
+    import datasets
+
+    if name.endswith(".parquet"):
+        return datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
+    if Path(name).exists():
+        table = datasets.load_from_disk(name)
+    else:
+        table = datasets.load_dataset(name, streaming=True)
+    if not isinstance(table, dict):
+        return table
+    if "train" not in table:
+        raise ValueError(f"--dataset {name} has no split `train`, only {sorted(table)}")
+    return table["train"]

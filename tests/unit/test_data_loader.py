@@ -1,0 +1,148 @@
+"""The loader: the same rows per step for every split and every resume, and the batch's own account."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from data_samples import BOS, prepare, write_texts
+
+from anchor_context.attention.patterns import PATTERNS
+from anchor_context.data.loader import collate, make_loader
+from anchor_context.layout import IGNORE_INDEX
+
+SPLITS = [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)]
+"""(batch size, accumulation, data ranks) of a global batch of 4 rows."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader")
+    texts = ["abcdefghij"[i % 10] * (1 + 13 * i % 170) for i in range(40)]
+    return prepare(write_texts(folder / "d.jsonl", texts), folder)
+
+
+def batches(prepared, count=None, **options):
+    defaults = {"pattern": "anchor", "seed": 0, "batch_size": 1, "accumulation": 1}
+    defaults |= {"data_rank": 0, "data_degree": 1}
+    return list(islice(make_loader(prepared, **(defaults | options)), count))
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "ranks"), SPLITS)
+def test_every_split_sees_the_same_rows_in_a_step(prepared, batch_size, accumulation, ranks):
+    whole = batches(prepared, 5, batch_size=4)
+    of_ranks = [
+        batches(
+            prepared,
+            5 * accumulation,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            data_rank=rank,
+            data_degree=ranks,
+        )
+        for rank in range(ranks)
+    ]
+    for step, expected in enumerate(whole):
+        mine = [b for of in of_ranks for b in of[step * accumulation : (step + 1) * accumulation]]
+        rows = [row for batch in mine for row in batch["row_ids"]]
+        assert sorted(rows) == sorted(expected["row_ids"])
+        for batch in mine:
+            assert batch["step_rows"] == expected["row_ids"]
+            for key in ("step_targets", "step_tokens", "step_pairs"):
+                assert batch[key] == expected[key]
+        targets = sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in mine)
+        assert targets == expected["step_targets"]
+
+
+def test_an_epoch_is_every_row_once_and_the_next_another_order(prepared):
+    rows = len(prepared)
+    seen = [batch["row_ids"][0] for batch in batches(prepared, 2 * rows)]
+    assert sorted(seen[:rows]) == sorted(seen[rows:]) == list(range(rows))
+    assert seen[:rows] != seen[rows:]
+    again = [batch["row_ids"][0] for batch in batches(prepared, rows)]
+    other = [batch["row_ids"][0] for batch in batches(prepared, rows, seed=1)]
+    assert again == seen[:rows] != other
+
+
+@pytest.mark.parametrize("steps_done", [1, 3, 7])
+def test_a_resumed_stream_goes_on_where_it_was(prepared, steps_done):
+    whole = batches(prepared, 2 * 12, batch_size=2, accumulation=2)
+    rest = batches(
+        prepared, 2 * (12 - steps_done), batch_size=2, accumulation=2, first_row=4 * steps_done
+    )
+    for expected, got in zip(whole[2 * steps_done :], rest, strict=True):
+        assert got["row_ids"] == expected["row_ids"]
+        assert torch.equal(got["labels"], expected["labels"])
+
+
+def test_the_last_step_is_filled_up_with_blank_rows(prepared):
+    rows = len(prepared)
+    steps = batches(prepared, batch_size=4, total_rows=rows)
+    real = [row for batch in steps for row in batch["row_ids"] if row >= 0]
+    assert sorted(real) == list(range(rows))
+    assert rows % 4, "nothing to fill up: the case says nothing"
+    last = steps[-1]
+    assert last["row_ids"].count(-1) == -rows % 4
+    assert last["input_ids"].shape == (4, 64)
+    assert (last["labels"][-1] == IGNORE_INDEX).all()
+    assert sum(batch["step_targets"] for batch in steps) == prepared.report["targets"]
+    padding = prepared.report["pad_tokens"]
+    assert sum(batch["step_tokens"] for batch in steps) == rows * 64 - padding
+    assert batches(prepared, batch_size=4, total_rows=rows, first_row=len(steps) * 4) == []
+
+
+def test_a_batch_against_a_plain_loop(prepared):
+    ids = [0, 3, 1]
+    batch = collate(prepared, ids, pattern="anchor")
+    layout = batch["layout"]
+    assert [batch[key].dtype for key in ("input_ids", "labels", "position_ids")] == [
+        torch.int64
+    ] * 3
+    boundaries = []
+    for b, i in enumerate(ids):
+        row = prepared.row(i)
+        starts = row.starts.tolist()
+        boundaries += [64 * b + start for start in starts]
+        piece = -1
+        for t in range(64):
+            piece += t in starts
+            position = 0 if t in starts else t
+            assert batch["position_ids"][b, t] == layout.position_ids[b, t] == position
+            assert batch["input_ids"][b, t] == row.tokens[t]
+            ends = t + 1 in starts or (t == 63 and row.tokens[64] < 0)
+            pad = t >= 64 - row.pad_count
+            again = t - starts[piece] < row.untargeted[piece]
+            label = IGNORE_INDEX if ends or pad or again else row.tokens[t + 1]
+            assert batch["labels"][b, t] == label
+    assert layout.cu_seqlens.tolist() == [*boundaries, 3 * 64]
+    assert (batch["input_ids"].flatten()[layout.cu_seqlens[:-1].long()] == BOS).sum() > 5
+
+
+@pytest.mark.parametrize("pattern", [name for name in PATTERNS if name != "anchor"])
+def test_the_other_patterns_take_rows_without_anchors(tmp_path, pattern):
+    data = write_texts(tmp_path / "d.jsonl", ["abc", "defgh"])
+    plain = prepare(data, tmp_path, anchor_placement="none", row_length=12)
+    batch = collate(plain, [0, -1], pattern=pattern)
+    assert batch["layout"].pattern == pattern
+    with pytest.raises(ValueError, match="does not go with the pattern 'anchor'"):
+        collate(plain, [0], pattern="anchor")
+
+
+def test_prepared_rows_travel_as_their_path(prepared):
+    assert prepared.row(0) is not None  # mapped
+    message = pickle.dumps(prepared)
+    assert len(message) < 1000
+    copy = pickle.loads(message)
+    assert np.array_equal(copy.row(2).tokens, prepared.row(2).tokens)
+
+
+def test_the_transform_runs_on_every_batch(prepared):
+    (batch,) = batches(prepared, 1, transform=keep_the_first_half)
+    assert batch["input_ids"].shape == (1, 32) and batch["layout"].row_length == 64
+
+
+def keep_the_first_half(batch: dict) -> dict:
+    return batch | {"input_ids": batch["input_ids"][:, :32]}

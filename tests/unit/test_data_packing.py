@@ -1,0 +1,424 @@
+"""Packing: nothing lost, nothing doubled, boundaries and targets right, preparation safe."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_samples import (
+    BOS,
+    BYTES,
+    EOS,
+    byte_tokenizer,
+    file_bytes,
+    prepare,
+    write_texts,
+    write_token_rows,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from anchor_context.data import sources, store
+from anchor_context.data.documents import DocumentReader
+from anchor_context.data.packing import find_anchor_id, open_rows
+from anchor_context.data.rows import NO_TOKEN
+from anchor_context.layout import IGNORE_INDEX
+
+PLACEMENTS = ("per_document", "shared", "none")
+
+
+def check_account(prepared) -> dict:
+    report = prepared.report
+    laid = report["document_tokens"] + report["anchors_added"] + report["pad_tokens"]
+    assert laid == report["rows"] * report["row_length"]
+    assert prepared._arrays["tokens"].shape == (report["rows"], report["row_length"] + 1)
+    assert prepared.target_counts.sum() == report["targets"]
+    assert prepared.pad_counts.sum() == report["pad_tokens"]
+    return report
+
+
+def unpack(prepared, *, documents: list[list[int]], placement: str) -> list[int]:
+    """Check every token, target and boundary of rows whose document tokens all differ.
+
+    Returns the document tokens in the order of the rows.
+    """
+    owner = {token: d for d, document in enumerate(documents) for token in document if token != BOS}
+    successor, laid = {}, []
+    for i in range(len(prepared)):
+        row, length = prepared.row(i), prepared.row_length
+        labels, ends = row.labels(), [*row.starts[1:], length]
+        assert (labels != IGNORE_INDEX).sum() == prepared.target_counts[i]
+        for piece, (start, end) in enumerate(zip(row.starts, ends, strict=True)):
+            padding = row.pad_count and piece == len(row.starts) - 1
+            if padding:
+                assert start == length - row.pad_count and (labels[start:] == IGNORE_INDEX).all()
+                continue
+            tokens = row.tokens[start:end].tolist()
+            anchor_alone = placement == "shared" and start == 0
+            if anchor_alone or placement == "per_document":
+                first_chunk = row.documents[piece] not in row.documents[:piece]
+                if first_chunk:
+                    assert tokens[0] == BOS
+                    tokens = tokens[1:]
+            body = [token for token in tokens if token != BOS or placement == "none"]
+            assert body == tokens, "an anchor inside a piece"
+            assert len({owner[token] for token in body if token != BOS}) <= 1
+            laid += body
+        for token, label in zip(row.tokens[:-1].tolist(), labels.tolist(), strict=True):
+            if label != IGNORE_INDEX:
+                assert label not in successor.values(), "a target twice"
+                if token == BOS:
+                    assert label == next(t for t in documents[owner[label]] if t != BOS)
+                    successor[f"anchor {label}"] = label
+                else:
+                    assert token not in successor
+                    successor[token] = label
+    # Following the targets from each first token gives back each document.
+    for document in documents:
+        body = [token for token in document if token != BOS]
+        if placement == "per_document" or (placement == "none" and document[0] == BOS):
+            assert successor.pop(f"anchor {body[0]}") == body[0]
+        for token, following in pairwise(body):
+            assert successor.pop(token) == following
+    assert not successor, "a target across a boundary"
+    return laid
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 200), st.booleans()), min_size=1, max_size=30),
+    row_length=st.integers(2, 150),
+    placement=st.sampled_from(PLACEMENTS),
+    strategy=st.sampled_from(("concat", "best_fit")),
+    interleave=st.booleans(),
+)
+def test_the_targets_give_back_every_document_exactly_once(
+    shapes, row_length, placement, strategy, interleave
+):
+    documents, token = [], 10
+    for length, with_bos in shapes:
+        documents.append([BOS] * with_bos + list(range(token, token + length)))
+        token += length
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [part for part in (documents[:7], documents[7:]) if part]
+        data = write_token_rows(Path(folder) / "d.jsonl", rows)
+        prepared = prepare(
+            data,
+            Path(folder),
+            data_format="tokenized",
+            row_length=row_length,
+            anchor_placement=placement,
+            strategy=strategy,
+            interleave_chunks=interleave,
+        )
+        report = check_account(prepared)
+        laid = unpack(prepared, documents=documents, placement=placement)
+        expected = [t for d in documents for t in d if t != BOS or placement == "none"]
+        if strategy == "concat" and not interleave:
+            assert laid == expected
+        assert sorted(laid) == sorted(expected)
+        dropped = sum(bos for _, bos in shapes) if placement == "shared" else 0
+        assert report["anchors_merged"] == dropped
+        assert report["document_tokens"] + dropped == sum(map(len, documents))
+        if strategy == "best_fit":
+            for i in range(len(prepared)):
+                goes_on_with = prepared.row(i).tokens[-1]
+                if goes_on_with != NO_TOKEN:  # cut: the document is longer than a row
+                    cut = next(document for document in documents if goes_on_with in document)
+                    size = len(cut) + (cut[0] != BOS) * (placement != "none")
+                    assert size > row_length
+
+
+def test_a_row_longer_than_the_row_length_keeps_every_token(tmp_path):
+    row = [[BOS, *range(10, 8010)], [BOS, *range(8010, 25609)]]  # 25,601 tokens
+    data = write_token_rows(tmp_path / "long.jsonl", [row])
+    prepared = prepare(data, tmp_path, data_format="tokenized", row_length=6553)
+    report = check_account(prepared)
+    assert report["document_tokens"] == 25601 and report["documents"] == 2
+    assert report["targets"] == 25599  # all but the two anchors
+
+
+def test_a_continued_piece_gains_an_anchor_and_loses_nothing(tmp_path):
+    data = write_token_rows(tmp_path / "d.jsonl", [[[20, 21, 22, 23, 24, 25, 26]]])
+    prepared = prepare(data, tmp_path, data_format="tokenized", row_length=6)
+    first, second = prepared.row(0), prepared.row(1)
+    assert first.tokens.tolist() == [BOS, 20, 21, 22, 23, 24, 25]
+    assert first.labels().tolist() == [20, 21, 22, 23, 24, 25]
+    assert second.tokens[:3].tolist() == [BOS, 25, 26] and second.pad_count == 3
+    assert second.labels().tolist() == [IGNORE_INDEX, 26] + [IGNORE_INDEX] * 4
+
+
+def test_an_anchor_alone_at_a_rows_end_predicts_the_first_token(tmp_path):
+    data = write_token_rows(tmp_path / "d.jsonl", [[[20, 21], [30, 31, 32]]])
+    prepared = prepare(data, tmp_path, data_format="tokenized", row_length=4)
+    check_account(prepared)
+    first, second = prepared.row(0), prepared.row(1)
+    assert first.tokens.tolist() == [BOS, 20, 21, BOS, 30]
+    assert first.starts.tolist() == [0, 3]
+    assert first.labels().tolist() == [20, 21, IGNORE_INDEX, 30]
+    assert second.labels().tolist() == [IGNORE_INDEX, 31, 32, IGNORE_INDEX]
+
+
+def test_short_segments_stay(tmp_path):
+    data = write_token_rows(tmp_path / "d.jsonl", [[[20], [30, 31], [40, 41, 42]]])
+    for placement in PLACEMENTS:
+        prepared = prepare(
+            data, tmp_path, data_format="tokenized", row_length=16, anchor_placement=placement
+        )
+        assert check_account(prepared)["document_tokens"] == 6
+
+
+def test_eos_ends_every_text_once(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["ab", "cd</s>"])
+    row = prepare(data, tmp_path, row_length=16).row(0)
+    assert (row.tokens[:8] == EOS).nonzero()[0].tolist() == [3, 7]
+    assert row.labels()[2] == EOS and row.labels()[3] == IGNORE_INDEX
+
+
+@pytest.mark.parametrize("placement", ["per_document", "shared"])
+def test_a_tokenizer_without_bos_anchors_with_eos_also_inside_the_row(tmp_path, placement):
+    tokenizer = byte_tokenizer(bos=False)
+    assert find_anchor_id(tokenizer) == tokenizer.eos_token_id == 0
+    data = write_texts(tmp_path / "d.jsonl", ["ab", "c</s>d", "</s>e"])
+    prepared = prepare(
+        data, tmp_path, tokenizer=tokenizer, row_length=20, anchor_placement=placement
+    )
+    check_account(prepared)
+    a, b, c, d, e = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcde")
+    row, none = (
+        prepare(data, tmp_path, tokenizer=tokenizer, row_length=20, anchor_placement=placement).row(
+            0
+        ),
+        IGNORE_INDEX,
+    )
+    if placement == "per_document":
+        assert row.tokens[:12].tolist() == [0, a, b, 0, 0, c, 0, d, 0, 0, e, 0]
+        assert row.starts.tolist() == [0, 4, 9, 12]  # the end of "ab", not each EOS
+        assert row.labels()[:12].tolist() == [a, b, 0, none, c, 0, d, 0, none, e, 0, none]
+    else:
+        assert row.tokens[:10].tolist() == [0, a, b, 0, c, 0, d, 0, e, 0]
+        assert row.starts.tolist() == [0, 1, 4, 8, 10]
+        assert prepared.report["anchors_merged"] == 1
+
+
+def test_a_tokenizer_with_neither_bos_nor_eos_is_refused(tmp_path):
+    tokenizer = byte_tokenizer(bos=False)
+    tokenizer.eos_token = None
+    data = write_texts(tmp_path / "d.jsonl", ["ab"])
+    with pytest.raises(ValueError, match="neither BOS nor EOS"):
+        prepare(data, tmp_path, tokenizer=tokenizer)
+
+
+def test_a_domain_tag_is_seen_but_no_target(tmp_path):
+    texts = [b'{"text": "hello", "set": "web"}', b'{"text": "xy", "set": "a book"}']
+    data = write_texts(tmp_path / "d.jsonl", texts)
+    prepared = prepare(data, tmp_path, source_column="set", domain_tag=True, row_length=40)
+    check_account(prepared)
+    row = prepared.row(0)
+    assert BYTES.decode(row.tokens[1:10]) == "webhello</s>"
+    tag, text = BYTES("web")["input_ids"], BYTES("hello")["input_ids"]
+    assert row.labels()[:10].tolist() == [IGNORE_INDEX] * len(tag) + [*text, EOS] + [IGNORE_INDEX]
+    assert prepared.report["tag_tokens"] == len("web") + len("a book")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=10),
+    row_length=st.integers(2, 40),
+    placement=st.sampled_from(PLACEMENTS),
+)
+def test_tags_are_cut_without_becoming_targets(lengths, row_length, placement):
+    texts = ["abcdefghijklmnopqrstuvwxyz"[i] * n for i, n in enumerate(lengths)]
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_texts(Path(folder) / "d.jsonl", texts, set="TAG")
+        prepared = prepare(
+            data,
+            Path(folder),
+            source_column="set",
+            domain_tag=True,
+            row_length=row_length,
+            anchor_placement=placement,
+        )
+        check_account(prepared)
+        targets = [t for i in range(len(prepared)) for t in prepared.row(i).labels() if t >= 0]
+        expected = [t for text in texts for t in [*BYTES(text)["input_ids"], EOS]]
+        assert sorted(targets) == sorted(expected)  # every token of the texts, none of the tags
+
+
+def test_best_fit_cuts_no_document_that_fits_and_reports_the_padding(tmp_path):
+    texts = ["x" * n for n in (50, 40, 30, 20, 200, 10)]
+    data = write_texts(tmp_path / "d.jsonl", texts)
+    report = check_account(prepare(data, tmp_path, strategy="best_fit"))
+    assert report["documents_cut"] == 1  # the one of 200
+    assert check_account(prepare(data, tmp_path))["documents_cut"] > 1
+
+
+def test_documents_of_nothing_but_an_anchor(tmp_path):
+    data = write_token_rows(tmp_path / "d.jsonl", [[[BOS], [BOS], [BOS, 9, 8]]])
+    options = {"data_format": "tokenized", "row_length": 8}
+    per_document = check_account(prepare(data, tmp_path, **options))
+    assert (per_document["document_tokens"], per_document["targets"]) == (5, 2)
+    shared = check_account(prepare(data, tmp_path, anchor_placement="shared", **options))
+    assert (shared["document_tokens"], shared["anchors_merged"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("data_format", "csv", "--data-format csv is unknown"),
+        ("anchor_placement", "both", "--anchor_placement both is unknown"),
+        ("strategy", "first_fit", "--packing first_fit is unknown"),
+        ("row_length", 1, "--seq-length 1 leaves no room"),
+        ("domain_tag", True, "--domain_tag needs --source_column"),
+        ("mixture", "a=1", "--mixture needs --source_column"),
+        ("upsample_long", "5x4096", "FACTOR@TOKENS"),
+        ("upsample_long", "0.5@10", "FACTOR@TOKENS"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, option, value, says):
+    data = write_texts(tmp_path / "d.jsonl", ["ab"])
+    with pytest.raises(ValueError, match=says):
+        prepare(data, tmp_path, **{option: value})
+
+
+# -- the cache -----------------------------------------------------------------------------------------
+
+
+def test_whatever_shapes_the_rows_is_in_the_fingerprint(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["hello there", "b" * 90])
+    first = prepare(data, tmp_path)
+    assert prepare(data, tmp_path).directory == first.directory
+    changed = [
+        {"row_length": 32},
+        {"anchor_placement": "shared"},
+        {"tokenizer": byte_tokenizer(words=("hello",))},
+        {"tokenizer": byte_tokenizer(bos=False)},
+        {"vocab_size": 999},
+        {"strategy": "best_fit"},
+        {"seed": 1},
+        {"skip_bad_documents": True},
+    ]
+    directories = {prepare(data, tmp_path, **change).directory for change in changed}
+    assert len(directories | {first.directory}) == len(changed) + 1
+
+
+def test_changed_data_are_noticed_even_at_the_same_size_and_time(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["hello"])
+    before, first = os.stat(data), prepare(data, tmp_path)
+    write_texts(data, ["jello"])
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(data).st_size == before.st_size
+    second = prepare(data, tmp_path)
+    assert BYTES.decode(second.row(0).tokens[1:6]) == "jello"
+    assert second.directory != first.directory
+
+
+def test_the_same_command_twice_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    data = write_texts(tmp_path / "d.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(60)])
+    runs = [prepare(data, tmp_path / name, interleave_chunks=True) for name in "ab"]
+    assert file_bytes(runs[0]) == file_bytes(runs[1])
+
+
+def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+    data = write_texts(tmp_path / "d.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(60)])
+    one = prepare(data, tmp_path / "one", num_proc=1)
+    two = prepare(data, tmp_path / "two", num_proc=2)
+    assert file_bytes(one) == file_bytes(two)
+
+
+@pytest.mark.parametrize("when", ["tokenising", "laying"])
+def test_a_killed_preparation_goes_on_and_gives_the_same_rows(tmp_path, monkeypatch, when):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    data = write_texts(tmp_path / "d.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(60)])
+    undisturbed = prepare(data, tmp_path / "undisturbed")
+
+    read, calls = DocumentReader.__call__, []
+
+    def read_or_die(self, unit):
+        calls.append(unit)
+        if when == "tokenising" and len(calls) == 5:
+            raise KeyboardInterrupt
+        return read(self, unit)
+
+    monkeypatch.setattr(DocumentReader, "__call__", read_or_die)
+    with monkeypatch.context() as during:
+        if when == "laying":
+            blocks = store.TokenStore.blocks
+
+            def blocks_until_death(self, order):
+                yield next(blocks(self, order))
+                raise KeyboardInterrupt
+
+            during.setattr(store.TokenStore, "blocks", blocks_until_death)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(data, tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("rows-*/manifest.json"))
+    before = len(calls)
+    resumed = prepare(data, tmp_path / "killed")
+    units = len(list(sources.read_units([str(data)], ["text"])))
+    done = 4 if when == "tokenising" else units
+    assert len(calls) - before == units - done  # only what was missing
+    assert file_bytes(resumed) == file_bytes(undisturbed)
+    assert [p.name for p in (tmp_path / "killed").glob(".*")] == []
+
+
+def prepare_and_tell(data, cache, queue):
+    queue.put(str(prepare(data, cache).directory))
+
+
+def test_processes_that_prepare_at_once_share_one_set(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["hello " * 50] * 20)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=prepare_and_tell, args=(data, tmp_path / "c", queue))
+        for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    assert len({queue.get(timeout=60) for _ in processes}) == 1
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(list((tmp_path / "c").glob("rows-*/manifest.json"))) == 1
+
+
+def test_a_prepared_set_is_a_dataset(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["hello there", "b" * 90])
+    made = prepare(data, tmp_path / "made")
+    data.unlink()
+    opened = prepare(made.directory, tmp_path / "other")
+    assert file_bytes(opened) == file_bytes(made) and not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match=r"--seq-length is 32 here and 64 there"):
+        prepare(made.directory, tmp_path, row_length=32)
+    with pytest.raises(ValueError, match="the tokenizer is"):
+        prepare(made.directory, tmp_path, tokenizer=byte_tokenizer(words=("hello",)))
+
+
+def test_an_unfinished_set_is_not_trusted(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["hello there"])
+    made = prepare(data, tmp_path)
+    whole = file_bytes(made)
+    (made.directory / "manifest.json").unlink()
+    (made.directory / "tokens.npy").write_bytes(b"half")
+    with pytest.raises(ValueError, match="holds no prepared rows"):
+        open_rows(made.directory)
+    assert file_bytes(prepare(data, tmp_path)) == whole
+
+
+def test_the_manifest_says_what_was_made(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["hello there", "b" * 90])
+    prepared = prepare(data, tmp_path)
+    manifest = json.loads((prepared.directory / "manifest.json").read_text())
+    assert manifest["report"] == prepared.report
+    assert prepared.report["documents"] == 2
+    assert manifest["fingerprint"]["options"]["row_length"] == 64
+    assert np.load(prepared.directory / "document_lengths.npy").tolist() == [12, 91]

@@ -1,0 +1,316 @@
+"""Sources: every format gives the same rows; whatever is wrong is named by file and line, or skipped."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from data_samples import BYTES, byte_tokenizer, file_bytes, prepare, write_texts, write_token_rows
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from anchor_context.data import documents, sources
+from anchor_context.data.documents import encode_long
+
+RECORDS = [{"text": f"document {i} " * (i + 1), "set": "ab"[i % 2]} for i in range(20)]
+
+
+def written(folder, kind: str) -> str:
+    """The records in one of the formats."""
+    lines = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
+    path = folder / f"data.{kind}"
+    if kind in ("jsonl", "json"):
+        path.write_bytes(lines)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines[:100]) + gzip.compress(lines[100:]))
+    elif kind == "jsonl.zst":
+        path.write_bytes(zstandard.compress(lines))
+    elif kind == "array.json":
+        path.write_text(json.dumps(RECORDS, indent=1))
+    elif kind == "parquet":
+        table = pyarrow.Table.from_pylist([record | {"other": 1} for record in RECORDS])
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    elif kind == "saved":
+        datasets.Dataset.from_list(RECORDS).save_to_disk(path)
+    else:
+        datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)).save_to_disk(path)
+    return str(path)
+
+
+KINDS = ("json", "jsonl.gz", "jsonl.zst", "array.json", "parquet", "saved", "saved_dict")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_gives_the_same_rows(tmp_path, kind):
+    expected = prepare(written(tmp_path, "jsonl"), tmp_path, source_column="set")
+    prepared = prepare(written(tmp_path, kind), tmp_path, source_column="set")
+    assert prepared.report == expected.report
+    for i in range(len(expected)):
+        assert np.array_equal(prepared.row(i).tokens, expected.row(i).tokens)
+
+
+def test_tokenized_rows_from_parquet(tmp_path):
+    rows = [[[1, 5, 6], [1, 7]], [[1, 8, 9, 10]]]
+    lines = write_token_rows(tmp_path / "d.jsonl", rows)
+    table = pyarrow.Table.from_pylist([json.loads(line) for line in lines.read_text().splitlines()])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    options = {"data_format": "tokenized", "row_length": 16}
+    from_lines = prepare(lines, tmp_path, **options).row(0)
+    from_table = prepare(tmp_path / "d.parquet", tmp_path, **options).row(0)
+    assert np.array_equal(from_lines.tokens, from_table.tokens)
+    assert from_table.starts.tolist() == [0, 3, 5, 9]
+
+
+def test_many_files_and_globs_in_order(tmp_path):
+    for name, text in (("b", "2"), ("a", "1"), ("c", "3")):
+        write_texts(tmp_path / f"{name}.jsonl", [text])
+    globbed = prepare(str(tmp_path / "*.jsonl"), tmp_path / "c", row_length=16)
+    assert BYTES.decode(globbed.row(0).tokens[:9], skip_special_tokens=True) == "123"
+    listed = prepare([tmp_path / "c.jsonl", tmp_path / "a.jsonl"], tmp_path / "c", row_length=16)
+    assert BYTES.decode(listed.row(0).tokens[:6], skip_special_tokens=True) == "31"
+
+
+def test_columns_by_name_also_inside_an_object(tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"body": {"raw": "hello"}, "meta": {"set": "web"}}\n')
+    prepared = prepare(data, tmp_path, text_column="body.raw", source_column="meta.set")
+    assert prepared.report["sources"] == {"web": 6}
+
+
+def test_tokenized_documents_name_their_source(tmp_path):
+    row = {"input_ids": [5, 6, 7], "source": [{"end": 1, "set": "a"}, {"end": 3, "set": "b"}]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    prepared = prepare(tmp_path / "d.jsonl", tmp_path, data_format="tokenized", source_column="set")
+    assert prepared.report["sources"] == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("absent.jsonl", "absent.jsonl: no such file"),
+        ("*.jsonl", "matches no file"),
+        ("notes.txt", "has none of the suffixes .jsonl"),
+        ("folder", "is a directory"),
+    ],
+)
+def test_a_dataset_that_is_not_there(tmp_path, name, says):
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=says):
+        prepare(tmp_path / name, tmp_path / "c")
+
+
+def test_an_unknown_hub_name_is_an_error_not_a_crash(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    with pytest.raises(ValueError, match="some/name is neither a file nor a data set"):
+        prepare("some/name", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
+def test_an_empty_data_set(tmp_path, content):
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="holds no document"):
+        prepare(tmp_path / "d.jsonl", tmp_path)
+
+
+# -- bad records ---------------------------------------------------------------------------------------
+
+BAD_TEXTS = [
+    (b'{"txet": "a"}', r"no `text`, only \['txet'\]"),
+    (b'{"text": 5}', "`text` is a number, not a string"),
+    (b'{"text": null}', "`text` is null"),
+    (b'{"text": ["a"]}', "`text` is a list"),
+    (b'{"text": ""}', "`text` is empty"),
+    (b'{"text": "a"', "broken JSON"),
+    (b'{"text": "a\x00b"}', "broken JSON"),
+    (b"\x00\x00\x00", "broken JSON"),
+    (b'{"text": "\xff"}', "broken JSON"),
+    (b'{"text": "a\\ud800"}', "half a character"),
+    (b'{"text": "a", "text": "b"}', "the key 'text' occurs twice"),
+    (b'["text"]', "a list, not an object"),
+    (b"[" * 100_000, "broken JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), BAD_TEXTS, ids=[says for _, says in BAD_TEXTS])
+def test_a_bad_text_is_named_or_skipped(tmp_path, line, says):
+    data = write_texts(tmp_path / "d.jsonl", ["good", "", line, "fine"])
+    data.write_bytes(data.read_bytes().replace(b'{"text": ""}\n', b"\n", 1))  # a blank line counts
+    with pytest.raises(ValueError, match=rf"d\.jsonl, line 3: .*{says}.*--skip_bad_documents"):
+        prepare(data, tmp_path)
+    prepared = prepare(data, tmp_path, skip_bad_documents=True)
+    assert prepared.report["skipped_documents"] == 1 and prepared.report["documents"] == 2
+    skipped = json.loads((prepared.directory / "skipped.jsonl").read_text())
+    assert skipped["file"] == str(data) and skipped["line"] == 3
+    assert BYTES.decode(prepared.row(0).tokens[:11], skip_special_tokens=True) == "goodfine"
+
+
+BAD_ROWS = [
+    (
+        {"input_ids": [5, 999], "source": [{"end": 2}]},
+        "token id 999 at index 1 is outside the model's",
+    ),
+    ({"input_ids": [5, -1], "source": [{"end": 2}]}, "token id -1 at index 1"),
+    ({"input_ids": [5, 2**40], "source": [{"end": 2}]}, "outside every vocabulary"),
+    ({"input_ids": [5, 2**70], "source": [{"end": 2}]}, "whole numbers"),
+    ({"input_ids": [5, 6.5], "source": [{"end": 2}]}, "'6.5' at index 1"),
+    ({"input_ids": [[5], [6, 7]], "source": [{"end": 2}]}, "whole numbers"),
+    ({"input_ids": "56", "source": [{"end": 2}]}, "`input_ids` is a string"),
+    ({"input_ids": [], "source": [{"end": 2}]}, "`input_ids` is empty"),
+    ({"ids": [5]}, "no `input_ids`"),
+    ({"input_ids": [5, 6]}, "no `source`"),
+    ({"input_ids": [5, 6], "source": []}, r"\"source\": \[\{\"end\": 2\}\]"),
+    ({"input_ids": [5, 6], "source": [{"stop": 2}]}, "no whole number `end`"),
+    ({"input_ids": [5, 6], "source": [{"end": 2}, {"end": 1}]}, "must increase: entry 1 ends at 1"),
+    ({"input_ids": [5, 6], "source": [{"end": 0}, {"end": 2}]}, "must increase: entry 0"),
+    ({"input_ids": [5, 6], "source": [{"end": 1}, {"end": 3}]}, "ends at 3, but the row has 2"),
+    ({"input_ids": [5, 6, 7], "source": [{"end": 1}]}, "the last 2 belong to no document"),
+]
+
+
+@pytest.mark.parametrize(("row", "says"), BAD_ROWS, ids=[says for _, says in BAD_ROWS])
+def test_a_bad_token_row_is_named_or_skipped(tmp_path, row, says):
+    good = write_token_rows(tmp_path / "d.jsonl", [[[5, 6]], [[7]]]).read_text().splitlines()
+    data = tmp_path / "d.jsonl"
+    data.write_text("\n".join([good[0], json.dumps(row), good[1]]))
+    options = {"data_format": "tokenized", "vocab_size": 100}
+    with pytest.raises(ValueError, match=rf"d\.jsonl, line 2: .*{says}"):
+        prepare(data, tmp_path, **options)
+    report = prepare(data, tmp_path, skip_bad_documents=True, **options).report
+    assert (report["skipped_documents"], report["documents"]) == (1, 2)
+
+
+def test_a_model_with_a_smaller_vocabulary_than_the_tokenizer(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["ok", "~~"])
+    with pytest.raises(ValueError, match=r"line 1: token id \d+ .* vocabulary of 50"):
+        prepare(data, tmp_path, vocab_size=50)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_file_that_breaks_off_is_no_quiet_end(tmp_path, kind, share):
+    records = [{"text": os.urandom(40).hex()} for _ in range(5000)]
+    lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+    packed = gzip.compress(lines) if kind == "jsonl.gz" else zstandard.compress(lines)
+    data = tmp_path / f"d.{kind}"
+    data.write_bytes(packed[: int(len(packed) * share)])
+    with pytest.raises(ValueError, match=rf"d\.{kind}, line \d+: the file cannot be read beyond"):
+        prepare(data, tmp_path)
+    whole = write_texts(tmp_path / "whole.jsonl", ["at the end"])
+    report = prepare([data, whole], tmp_path, skip_bad_documents=True).report
+    assert report["skipped_documents"] == 1 and report["documents"] > 1
+
+
+def test_a_broken_parquet_file_is_named(tmp_path):
+    data = tmp_path / "d.parquet"
+    data.write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ValueError, match=r"d\.parquet, row 1: the file cannot be read"):
+        prepare(data, tmp_path)
+
+
+def test_columns_that_differ_between_files(tmp_path):
+    write_texts(tmp_path / "a.jsonl", ["fine"])
+    (tmp_path / "b.jsonl").write_text('{"content": "other"}\n')
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: no `text`, only \['content'\]"):
+        prepare(str(tmp_path / "*.jsonl"), tmp_path / "c")
+    table = pyarrow.Table.from_pylist([{"content": "other"}])
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"c\.parquet, row 1: no `text`"):
+        prepare(tmp_path / "c.parquet", tmp_path / "c")
+
+
+def test_a_bad_record_in_an_array_is_named(tmp_path):
+    data = tmp_path / "d.json"
+    data.write_text('[{"text": "a"}, {"text": "b", "text": "c"}, 7, {"text": 1}]')
+    with pytest.raises(ValueError, match=r"d\.json, row 2: the key 'text' occurs twice"):
+        prepare(data, tmp_path)
+    report = prepare(data, tmp_path, skip_bad_documents=True).report
+    assert (report["skipped_documents"], report["documents"]) == (3, 1)
+
+
+def test_a_byte_order_mark_a_nul_and_windows_line_ends_are_text(tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_bytes(b'\xef\xbb\xbf{"text": "a\\u0000"}\r\n{"text": "b"}\r\n')
+    prepared = prepare(data, tmp_path, row_length=8)
+    assert prepared.report["document_tokens"] == 5
+
+
+def test_a_tokenizers_own_truncation_and_padding_lose_nothing(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    data = write_texts(tmp_path / "d.jsonl", ["a long text", "b"])
+    assert prepare(data, tmp_path, tokenizer=tokenizer).report["document_tokens"] == 14
+
+
+# -- long texts ----------------------------------------------------------------------------------------
+
+
+def trained_tokenizer(pre_tokenizer) -> PreTrainedTokenizerFast:
+    """A BPE trained on this file; without a pre-tokenizer that splits, a text is one word."""
+    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["?", "</s>"], show_progress=False)
+    tokenizer.train([__file__], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Metaspace(split=False)],
+    ids=["words", "one word"],
+)
+def test_a_long_text_through_windows_gives_the_same_tokens(pre_tokenizer):
+    tokenizer = trained_tokenizer(pre_tokenizer)
+    text = Path(__file__).read_text() * 2 + "\n\n  é𝔘\t" * 300
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    calls = []
+
+    def recorded(texts, **options):
+        calls.append(len(texts[0]))
+        return tokenizer(texts, **options)
+
+    recorded.is_fast = True
+    assert encode_long(recorded, text, window=2000, overlap=400).tolist() == expected
+    assert max(calls) == 2000  # it never fell back to the whole text
+
+
+def test_windows_that_do_not_agree_fall_back_to_the_whole_text():
+    tokenizer = Tokenizer(models.WordLevel({"111": 0, "?": 1, "</s>": 2}, unk_token="?"))
+    split = pre_tokenizers.Split(
+        Regex(r"\d{1,3}"), "isolated"
+    )  # groups of three from the first digit
+    tokenizer.pre_tokenizer = split
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
+    expected = fast("1" * 3000, add_special_tokens=False)["input_ids"]
+    assert expected == [0] * 1000
+    assert encode_long(fast, "1" * 3000, window=1000, overlap=100).tolist() == expected
+
+
+def test_texts_longer_than_a_window_are_prepared_alike(tmp_path, monkeypatch):
+    data = write_texts(tmp_path / "d.jsonl", ["short", "a much longer text " * 200, "short"])
+    whole = prepare(data, tmp_path / "whole")
+    monkeypatch.setattr(documents, "WINDOW", 500)
+    monkeypatch.setattr(documents, "OVERLAP", 100)
+    assert file_bytes(prepare(data, tmp_path / "windows")) == file_bytes(whole)
+
+
+def test_units_depend_on_the_data_alone_and_span_small_files(tmp_path, monkeypatch):
+    names = [str(write_texts(tmp_path / f"{i}.jsonl", ["x" * 100] * 3)) for i in range(10)]
+    assert len(list(sources.read_units(names, ["text"]))) == 1
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
+    units = list(sources.read_units(names, ["text"]))
+    assert 4 <= len(units) <= 8
+    read = [(s.file, s.first + i) for unit in units for s in unit for i in range(len(s.records))]
+    assert read == [(name, line) for name in names for line in (1, 2, 3)]
