@@ -35,6 +35,11 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
         ValueError: the model scores attention in a way that the engines do not compute.
     """
     check_scores(model.config)
+    if not model._supports_attention_backend:
+        raise ValueError(
+            f"{model.config.model_type}: transformers computes this family's attention itself and "
+            "takes no other; choose a model of the README's table"
+        )
 
     def attention(
         module: nn.Module,
@@ -50,8 +55,9 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
     ) -> tuple[Tensor, None]:
         if layout is None:
             raise ValueError(
-                "this model attends by document: call it with layout=DocumentLayout(…), "
-                "or load the saved model with AutoModelForCausalLM for plain causal attention"
+                "this model attends by document: call it with layout=DocumentLayout(…) (a family "
+                "whose layers do not hand it on cannot be trained here), or load the saved model "
+                "with AutoModelForCausalLM for plain causal attention"
             )
         if dropout:
             raise ValueError(
@@ -68,8 +74,11 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
             dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        value_size, short = value.shape[-1], query.shape[-1] - value.shape[-1]
+        if short > 0:  # multi-head latent attention: kernels want values as long as keys
+            value = torch.nn.functional.pad(value, (0, short))
         out = attend(query, key, value, layout, scale=scale, sliding_window=sliding_window)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2)[..., :value_size], None
 
     name = next(_names)
     AttentionInterface.register(name, attention)
@@ -87,3 +96,9 @@ def check_scores(config) -> None:
         )
     if config.model_type.startswith("gpt_oss"):
         raise ValueError("gpt_oss: attention sinks are not computed by the engines")
+    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others:
+        raise ValueError(
+            f"{config.model_type}: layers of the kind {', '.join(sorted(others))} mix tokens in a way "
+            "that the engines do not compute by document"
+        )

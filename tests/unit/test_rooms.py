@@ -12,12 +12,15 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {  # path prefix -> layer; the longest prefix that matches counts
     "train.py": 5,
     "benchmarks/": 5,
+    "examples/": 5,
+    "anchor_context/plug.py": 5,
     "anchor_context/models.py": 4,
     "anchor_context/engine.py": 4,
     "anchor_context/parallel/": 3,
     "anchor_context/attention/reference.py": 2,
     "anchor_context/attention/flash.py": 2,
     "anchor_context/attention/flex.py": 2,
+    "anchor_context/packed.py": 2,
     "anchor_context/attention/patterns.py": 1,
     "anchor_context/data/": 1,
     "anchor_context/loss.py": 1,
@@ -98,3 +101,9 @@ def test_one_file_imports_the_attention_kernels():
             m for m in modules if m and m.startswith(("flash_attn", "torch.nn.attention.varlen"))
         }
         assert not optional or path.relative_to(ROOT).as_posix() == keeper
+
+
+def test_nothing_imports_what_stands_in_for_library_files():
+    apart = ROOT / "anchor_context/library_modified_files"
+    for path in sources():
+        assert not any(file.is_relative_to(apart) for file in imported_files(path)), path
