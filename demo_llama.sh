@@ -6,7 +6,7 @@
 # further flags of train.py go behind the command: bash demo_llama.sh --attention_pattern full
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source setup.sh
+source setup.sh requirements.txt
 
 # Debugging: uncomment, start, and attach VS Code with "Attach to train.py" (see README).
 # export DEBUGPY=1
@@ -14,7 +14,7 @@ source setup.sh
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 OUTPUT=${OUTPUT:-output/demo_llama}
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
-MAX_STEPS=${MAX_STEPS:-60}
+MAX_STEPS=${MAX_STEPS:-120}
 PARALLEL_MODE=${PARALLEL_MODE:-ulysses_attn}
 ENGINE=${ENGINE:-flash}
 DATA_FORMAT=${DATA_FORMAT:-raw_json}
@@ -50,9 +50,9 @@ accelerate launch --config_file "$CONFIG" --num_processes "$NPROC" train.py \
     --parallel_mode "$PARALLEL_MODE" \
     --mixed_precision "$PRECISION" \
     --max-train-steps "$MAX_STEPS" \
-    --learning-rate 2e-3 \
+    --learning-rate 4e-3 \
     --lr_scheduler_type cosine \
-    --warmup_steps 5 \
+    --warmup_steps 10 \
     --output-dir "$OUTPUT" \
     "$@"
 python -m anchor_context.summary "$OUTPUT"

@@ -614,8 +614,8 @@ def save_model(
 
 if __name__ == "__main__":
     parser = HfArgumentParser(Flags, description=__doc__, allow_abbrev=False)
-    (parsed,) = parser.parse_args_into_dataclasses()
     try:
+        (parsed,) = parser.parse_args_into_dataclasses()
         main(parsed)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.utils import logging as transformers_logging
 
 
 def standard_library_texts(*, at_most_characters: int) -> list[str]:
@@ -83,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--characters", type=int, default=3_000_000)
+    transformers_logging.disable_progress_bar()
     output, characters = parser.parse_args().output, parser.parse_args().characters
     output.mkdir(parents=True, exist_ok=True)
     texts = standard_library_texts(at_most_characters=characters)

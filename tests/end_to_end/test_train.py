@@ -12,6 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from anchor_context.demo import train_tokenizer
 
+UPSTREAM_LINE = """
+    --batch-size 1 --gradient-accumulate-every 2 --seed 2023 --max-train-steps 3 --learning-rate 1e-3
+    --data-format tokenized --seq-length 4096 --model_max_position_embeddings 4096 --rope-theta 1000000
+    --rope_scaling_type default --rope_scaling_factor 16 --max_grad_norm 1 --parallel_mode ulysses_attn
+    --attn_engine flash --save_per_hours 5 --saving_interval 2 --min_steps_for_save 2
+"""
+
 
 def write_tokenized(path: Path, *, rows: int, row_tokens: int, vocab_size: int) -> int:
     """Rows as Long-Context-Data-Engineering writes them; returns how many tokens they have."""
@@ -35,43 +42,7 @@ def test_upstreams_flag_line_trains_in_bf16(launch, tmp_path):
     finished = launch(
         2,
         output,
-        *[
-            "--batch-size",
-            "1",
-            "--gradient-accumulate-every",
-            "2",
-            "--seed",
-            "2023",
-            "--max-train-steps",
-            "3",
-        ],
-        *["--learning-rate", "1e-3", "--data-format", "tokenized", "--seq-length", "4096"],
-        *[
-            "--model_max_position_embeddings",
-            "4096",
-            "--rope-theta",
-            "1000000",
-            "--max_grad_norm",
-            "1",
-        ],
-        *[
-            "--rope_scaling_type",
-            "default",
-            "--rope_scaling_factor",
-            "16",
-            "--parallel_mode",
-            "ulysses_attn",
-        ],
-        *[
-            "--attn_engine",
-            "flash",
-            "--save_per_hours",
-            "5",
-            "--saving_interval",
-            "2",
-            "--min_steps_for_save",
-            "2",
-        ],
+        *UPSTREAM_LINE.split(),
         *("--mixed_precision", "bf16", "--dataset", str(data)),
     )
     data_record = json.loads((output / "args.json").read_text())["data"]
