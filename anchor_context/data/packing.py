@@ -121,7 +121,8 @@ def prepare_rows(
     preparation that was killed goes on where it was.
 
     Args:
-        dataset: files, globs, `save_to_disk` directories, hub names, or one prepared set.
+        dataset: files, globs, folders, `save_to_disk` directories, hub names (`sources.find_inputs`),
+            or one prepared set.
         data_format: "raw_json" (a text per record) or "tokenized" (`input_ids` and `source` ends).
         tokenizer: the model's transformers tokenizer.
         vocab_size: rows of the model's embedding; larger token ids are refused.
@@ -155,14 +156,14 @@ def prepare_rows(
         domain_tag=domain_tag,
         seed=seed,
     )
-    given = [dataset] if isinstance(dataset, str) else list(dataset)
-    if len(given) == 1 and is_prepared(Path(given[0])):
-        return _open_given(Path(given[0]), options, tokenizer)
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    if len(names) == 1 and is_prepared(Path(names[0])):
+        return _open_given(Path(names[0]), options, tokenizer)
 
     anchor_id = find_anchor_id(tokenizer)
     if data_format == "raw_json" and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token to end a document with; set its eos_token")
-    inputs = find_inputs(given)
+    inputs = find_inputs(names)
     fingerprint = {
         "format_version": FORMAT_VERSION,
         "data": identity(inputs),
@@ -184,7 +185,7 @@ def prepare_rows(
         store = tokenise(read_units(inputs, reader.columns), reader, work, num_proc=num_proc)
         if not len(store.lengths):
             raise ValueError(
-                f"--dataset {', '.join(given)[:200]} holds no document"
+                f"--dataset {', '.join(names)[:200]} holds no document"
                 + (
                     f"; {store.skipped_count} bad records were skipped"
                     if store.skipped_count
@@ -207,13 +208,18 @@ def find_anchor_id(tokenizer) -> int:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """A hash of all that the tokenizer would save."""
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        for path in sorted(p for p in Path(directory).rglob("*") if p.is_file()):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    """A hash of everything that decides which tokens a text becomes; not of the tokenizer's name."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for setting in ("truncation", "padding"):  # of the last call
+            del state[setting]
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            tokenizer.save_pretrained(directory)
+            files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+            state = [(path.name, path.read_bytes().hex()) for path in files]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([state, special]).encode()).hexdigest()
 
 
 def _open_given(path: Path, options: Options, tokenizer) -> PreparedRows:

@@ -52,38 +52,43 @@ Unit = list[Stretch]
 
 
 def find_inputs(dataset: list[str] | str) -> list[str]:
-    """The files, `save_to_disk` directories and hub names that `--dataset` means, globs expanded.
+    """The files, `save_to_disk` directories and hub names that `--dataset` means.
+
+    Args:
+        dataset: names, a string of several separated by commas. A glob stands for the files that it
+            matches, a folder for the readable files in it; both in the order of their names.
 
     Raises:
-        ValueError: a file that is not there, a glob without a match, a suffix nobody can read.
+        ValueError: a file that is not there, a glob or folder without a file, an unknown suffix.
     """
-    found = []
-    for name in [dataset] if isinstance(dataset, str) else dataset:
-        path = Path(name)
-        if path.is_dir():
-            if not is_saved_dataset(path):
-                raise ValueError(
-                    f"--dataset {name} is a directory, but neither prepared rows nor written by "
-                    f"`save_to_disk`; name its files, for example '{path / '*.jsonl'}'"
-                )
-            found.append(str(path))
-        elif path.exists():
-            found.append(str(path))
-        elif glob.has_magic(name):
-            matches = sorted(m for m in glob.glob(name, recursive=True) if Path(m).is_file())
-            if not matches:
-                raise ValueError(f"--dataset {name} matches no file; check the pattern")
-            found.extend(matches)
-        elif is_hub_name(name):
-            found.append(name)
-        else:
-            raise ValueError(f"--dataset {name}: no such file; check the path")
-    for name in found:
-        if Path(name).is_file() and not name.endswith(SUFFIXES):
-            raise ValueError(f"--dataset {name} has none of the suffixes {', '.join(SUFFIXES)}")
+    names = [dataset] if isinstance(dataset, str) else dataset
+    names = [n for name in names for n in ([name] if Path(name).exists() else name.split(","))]
+    found = [file for name in names if name for file in _files_of(name)]
     if not found:
         raise ValueError("--dataset is empty; name at least one file")
     return found
+
+
+def _files_of(name: str) -> list[str]:
+    path = Path(name)
+    if path.is_file() or is_saved_dataset(path):
+        files = [name]
+    elif path.is_dir():
+        files = sorted(str(p) for p in path.iterdir() if p.name.endswith(SUFFIXES))
+        if not files:
+            raise ValueError(f"--dataset {name}: no file in it ends in {', '.join(SUFFIXES)}")
+    elif glob.has_magic(name):
+        files = sorted(match for match in glob.glob(name, recursive=True) if Path(match).is_file())
+        if not files:
+            raise ValueError(f"--dataset {name} matches no file; check the pattern")
+    elif is_hub_name(name):
+        files = [name]
+    else:
+        raise ValueError(f"--dataset {name}: no such file; check the path")
+    for file in files:
+        if Path(file).is_file() and not file.endswith(SUFFIXES):
+            raise ValueError(f"--dataset {file} has none of the suffixes {', '.join(SUFFIXES)}")
+    return files
 
 
 def is_saved_dataset(path: Path) -> bool:

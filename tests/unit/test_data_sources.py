@@ -74,6 +74,10 @@ def test_many_files_and_globs_in_order(tmp_path):
         write_texts(tmp_path / f"{name}.jsonl", [text])
     globbed = prepare(str(tmp_path / "*.jsonl"), tmp_path / "c", row_length=16)
     assert BYTES.decode(globbed.row(0).tokens[:9], skip_special_tokens=True) == "123"
+    assert file_bytes(prepare(tmp_path, tmp_path / "c", row_length=16)) == file_bytes(globbed)
+    with_commas = f"{tmp_path / 'c.jsonl'},{tmp_path / 'b*.jsonl'}"
+    row = prepare(with_commas, tmp_path / "c", row_length=16).row(0)
+    assert BYTES.decode(row.tokens[:6], skip_special_tokens=True) == "32"
     listed = prepare([tmp_path / "c.jsonl", tmp_path / "a.jsonl"], tmp_path / "c", row_length=16)
     assert BYTES.decode(listed.row(0).tokens[:6], skip_special_tokens=True) == "31"
 
@@ -98,7 +102,7 @@ def test_tokenized_documents_name_their_source(tmp_path):
         ("absent.jsonl", "absent.jsonl: no such file"),
         ("*.jsonl", "matches no file"),
         ("notes.txt", "has none of the suffixes .jsonl"),
-        ("folder", "is a directory"),
+        ("folder", "no file in it ends in"),
     ],
 )
 def test_a_dataset_that_is_not_there(tmp_path, name, says):

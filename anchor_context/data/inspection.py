@@ -1,0 +1,152 @@
+"""What is in a prepared set: lengths, sources, cuts, the work that each pattern leaves, a few rows.
+
+Costs: reads the pieces of at most `ROWS_MEASURED` rows, evenly spread, and the decoded rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from anchor_context.attention.patterns import PATTERNS, attended_pairs
+from anchor_context.data.rows import DOCUMENT_LENGTHS, PreparedRows, Row
+from anchor_context.layout import IGNORE_INDEX
+
+ROWS_MEASURED = 2000
+
+LLAMA_7B_PARAMETERS = 6.6e9
+LLAMA_7B_ATTENTION_WIDTH = 32 * 4096
+"""Layers × width of LLaMA-2-7B: the model that the estimated speed-up of a whole step is for."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The figures of a prepared set."""
+
+    report: dict
+    lengths: np.ndarray
+    """(documents,) tokens of each document laid."""
+    mask_share: dict[str, float]
+    """Pattern -> the pairs it attends to, as a share of full causal attention's."""
+    attention_speedup: float
+    """Full attention's pairs over `anchor`'s: the bound of what attention alone can gain."""
+    step_speedup: float
+    """The same for the floating-point work of a training step of LLaMA-2-7B."""
+
+    @classmethod
+    def of(cls, prepared: PreparedRows) -> Inspection:
+        """Measure a prepared set."""
+        chosen = np.unique(np.linspace(0, len(prepared) - 1, ROWS_MEASURED, dtype=int))
+        rows = [prepared.row(i).document_lengths() for i in chosen]
+        pairs = dict.fromkeys(PATTERNS, 0)
+        for lengths in rows:
+            for pattern in PATTERNS:
+                # A shared anchor is a document of one token: as `per_document`, but for a rounding.
+                placement = "per_document" if pattern == "anchor" else "none"
+                pairs[pattern] += attended_pairs(
+                    lengths, pattern=pattern, anchor_placement=placement
+                )
+        tokens = len(rows) * prepared.row_length
+        work = {pattern: _step_work(tokens, count) for pattern, count in pairs.items()}
+        return cls(
+            report=prepared.report,
+            lengths=np.load(prepared.directory / DOCUMENT_LENGTHS),
+            mask_share={pattern: count / pairs["full"] for pattern, count in pairs.items()},
+            attention_speedup=pairs["full"] / pairs["anchor"],
+            step_speedup=work["full"] / work["anchor"],
+        )
+
+    @property
+    def cut_share(self) -> float:
+        """Documents that a row's end cuts, as a share of all."""
+        return self.report["documents_cut"] / self.report["documents"]
+
+    def histogram(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(edges, documents, tokens) by length: edges are powers of two, a bin holds [edge, next)."""
+        highest = int(np.log2(self.lengths.max())) + 1
+        edges = 2 ** np.arange(int(np.log2(self.lengths.min())), highest + 1)
+        documents, _ = np.histogram(self.lengths, edges)
+        tokens, _ = np.histogram(self.lengths, edges, weights=self.lengths)
+        return edges, documents, tokens
+
+    def __str__(self) -> str:
+        report = self.report
+        lines = [
+            f"{report['rows']:,} rows of {report['row_length']:,} tokens, anchors "
+            f"{report['anchor_placement']}, packing {report['strategy']}",
+            f"{report['documents']:,} documents, {report['document_tokens']:,} tokens; "
+            f"{report['anchors_added']:,} anchors added, {report['pad_tokens']:,} padding "
+            f"({report['pad_tokens'] / (report['rows'] * report['row_length']):.2%}), "
+            f"{report['skipped_documents']:,} bad records skipped",
+            f"documents cut by a row's end: {report['documents_cut']:,} ({self.cut_share:.1%})",
+            "",
+            "document length (tokens)   documents",
+        ]
+        edges, documents, _ = self.histogram()
+        for low, high, count in zip(edges[:-1], edges[1:], documents, strict=True):
+            bar = "█" * round(40 * count / documents.max())
+            lines.append(f"{low:>11,} – {high - 1:<11,} {count:>11,} {bar}")
+        lines += ["", "source                          tokens"]
+        total = sum(report["sources"].values())
+        for source, tokens in sorted(report["sources"].items(), key=lambda item: -item[1]):
+            lines.append(f"{source[:24]:<24} {tokens:>14,}  {tokens / total:.1%}")
+        lines += ["", "pattern            share of full attention's work"]
+        lines += [f"{pattern:<16} {share:>8.2%}" for pattern, share in self.mask_share.items()]
+        lines += [
+            "",
+            f"estimated speed-up of anchor over full: attention alone {self.attention_speedup:.1f}×, "
+            f"a training step of LLaMA-2-7B {self.step_speedup:.2f}× (by floating-point work)",
+        ]
+        return "\n".join(lines)
+
+    def plot(self, path: Path) -> None:
+        """Write the histogram, the sources and the patterns' work as a PNG."""
+        figure, (lengths, sources, work) = plt.subplots(1, 3, figsize=(15, 4.5))
+        edges, documents, tokens = self.histogram()
+        share = [documents / documents.sum(), tokens / tokens.sum()]
+        for values, name in zip(share, ("documents", "tokens"), strict=True):
+            lengths.stairs(values, edges, label=name, fill=name == "documents", alpha=0.7)
+        lengths.set(xscale="log", xlabel="document length (tokens)", ylabel="share")
+        lengths.axvline(self.report["row_length"], color="grey", linestyle=":", label="row length")
+        lengths.legend()
+        largest = sorted(self.report["sources"].items(), key=lambda item: -item[1])[:12]
+        sources.barh([name[:24] for name, _ in largest][::-1], [n for _, n in largest][::-1])
+        sources.set(xlabel="tokens", title="sources")
+        work.bar(list(self.mask_share), [100 * share for share in self.mask_share.values()])
+        work.set(ylabel="% of full attention's work", title="patterns")
+        work.tick_params(axis="x", rotation=20)
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def _step_work(tokens: int, pairs: int) -> float:
+    """Floating-point work, forward and backward (PaLM, arXiv 2204.02311, appendix B)."""
+    return 6 * LLAMA_7B_PARAMETERS * tokens + 12 * LLAMA_7B_ATTENTION_WIDTH * pairs
+
+
+def describe_row(row: Row, tokenizer, *, width: int = 40) -> str:
+    """A row decoded, a line per piece: where it lies, its targets, its first and last characters."""
+    ends = [*row.starts[1:].tolist(), len(row.tokens) - 1]
+    labels, lines = row.labels(), []
+    for piece, (start, end) in enumerate(zip(row.starts.tolist(), ends, strict=True)):
+        padding = row.pad_count > 0 and piece == len(ends) - 1
+        targets = int((labels[start:end] != IGNORE_INDEX).sum())
+        head, tail = (
+            repr(tokenizer.decode(ids))[1:-1]
+            for ids in (row.tokens[start:end][:width], row.tokens[start:end][-width:])
+        )
+        text = head[:width] if end - start <= width else f"{head[:width]} … {tail[-width:]}"
+        what = "padding" if padding else f"document {row.documents[piece]}"
+        lines.append(f"  [{start:>7,}, {end:>7,})  {what:<13} {targets:>7,} targets  {text}")
+    last = row.tokens[-1]
+    if last >= 0:
+        lines.append(f"  goes on in another row with {tokenizer.decode([int(last)])!r}")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""`python -m anchor_context.data prepare` and `inspect`, as a user runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_samples import BYTES, prepare, write_texts
+from transformers import LlamaConfig
+
+from anchor_context.data.__main__ import main
+from anchor_context.data.inspection import Inspection, describe_row
+from anchor_context.data.packing import open_rows
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model's folder as `prepare` needs it: a configuration and a tokenizer."""
+    BYTES.save_pretrained(tmp_path / "model")
+    LlamaConfig(vocab_size=300).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_prepare_then_inspect(tmp_path, model, capsys):
+    lines = [f'{{"text": "{"ab" * n}", "set": "s{n % 2}"}}'.encode() for n in range(1, 40)]
+    data = write_texts(tmp_path / "d.jsonl", lines)
+    arguments = ["--dataset", str(data), "--model-name-or-path", model, "--seq-length", "128"]
+    arguments += ["--source_column", "set", "--cache_dir", str(tmp_path / "c")]
+    assert main(["prepare", *arguments]) == 0
+    made = capsys.readouterr().out
+    assert "documents            39\n" in made
+    path = made.split("prepared rows: ")[1].strip()
+    assert main(["inspect", path, "--rows", "1"]) == 0
+    shown = capsys.readouterr().out
+    report = open_rows(path).report
+    for words in (
+        f"{report['rows']} rows of 128 tokens",
+        f"cut by a row's end: {report['documents_cut']}",
+        "document length (tokens)",
+        "s1",
+        "intra_doc_reset",
+        "estimated speed-up of anchor over full",
+        "[      0,       4)  document 0          3 targets  <s>ab</s>",
+    ):
+        assert words in shown
+    assert (Path(path) / "inspect.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prepare_makes_the_set_that_training_looks_for(tmp_path, model):
+    data = write_texts(tmp_path / "d.jsonl", ["hello"])
+    arguments = ["--dataset", str(data), "--model_name_or_path", model, "--seq_length", "64"]
+    cache = tmp_path / "c"
+    assert main(["prepare", *arguments, "--seed", "0", "--cache_dir", str(cache)]) == 0
+    (made,) = cache.glob("rows-*/")
+    assert prepare(data, cache, vocab_size=300).directory == made
+
+
+def test_a_users_mistake_is_told_without_a_traceback(tmp_path, model, capsys):
+    data = write_texts(tmp_path / "d.jsonl", [b"{"])
+    arguments = ["--dataset", str(data), "--model_name_or_path", model]
+    assert main(["prepare", *arguments, "--cache_dir", str(tmp_path / "c")]) == 1
+    assert "d.jsonl, line 1: broken JSON" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "holds no prepared rows" in capsys.readouterr().err
+    assert main(["bake"]) == 2
+
+
+def test_the_figures_of_an_inspection(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["x" * 30, "y" * 30, "z" * 60])
+    prepared = prepare(data, tmp_path)  # rows of 64: 32 + 32, then 62 and 2 of padding
+    inspection = Inspection.of(prepared)
+    assert inspection.lengths.tolist() == [31, 31, 61] and inspection.cut_share == 0
+    full = 2 * 64 * 65 / 2
+    anchor = 2 * 32 * 33 / 2 + 62 * 63 / 2 + 2 * 3 / 2
+    assert inspection.mask_share["full"] == 1
+    assert inspection.mask_share["anchor"] == pytest.approx(anchor / full)
+    assert inspection.attention_speedup == pytest.approx(full / anchor)
+    assert 1 < inspection.step_speedup < 1.01  # rows so short are hardly any attention
+    edges, documents, tokens = inspection.histogram()
+    assert edges.tolist() == [16, 32, 64]
+    assert documents.tolist() == [2, 1] and tokens.tolist() == [62, 61]
+
+
+def test_a_row_is_shown_with_its_boundaries(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", ["hello", "w" * 20])
+    prepared = prepare(data, tmp_path, row_length=16)
+    first, second = (describe_row(prepared.row(i), BYTES).splitlines() for i in (0, 1))
+    assert "[      0,       7)  document 0          6 targets  <s>hello</s>" in first[0]
+    assert "[      7,      16)  document 1          9 targets" in first[1]
+    assert first[2] == "  goes on in another row with 'w'"
+    assert "padding" in second[-1]
+    assert np.sum(["targets" in line for line in second]) == 2
