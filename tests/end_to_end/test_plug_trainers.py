@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -26,7 +28,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from anchor_context import AnchorDataCollator, patch_model
-from anchor_context.data.loader import RowOrder
+from anchor_context.data.loader import make_loader
 from anchor_context.data.packing import prepare_rows
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +104,7 @@ SETTINGS = {
 }
 
 
-def train_py(model_folder: Path, folder: Path, rows: list[list[str]], engine: str) -> list[float]:
+def train_py(model_folder: Path, folder: Path, rows: list[list[str]]) -> list[float]:
     """train.py on the documents in the order of the rows; the losses of its steps."""
     lines = (json.dumps({"text": text}) for row in rows for text in row)
     (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
@@ -111,7 +113,7 @@ def train_py(model_folder: Path, folder: Path, rows: list[list[str]], engine: st
     command += ["--main_process_port", "0", "train.py"]
     command += ["--model_name_or_path", model_folder, "--dataset", folder / "texts.jsonl"]
     command += ["--cache_dir", folder / "cache", "--output-dir", folder / "run"]
-    command += ["--seq-length", ROW, "--mixed_precision", "no", "--attn_engine", engine]
+    command += ["--seq-length", ROW, "--mixed_precision", "no"]
     command += ["--batch-size", 1, "--gradient-accumulate-every", 2]
     command += ["--max-train-steps", SETTINGS["max_steps"], "--learning-rate", 1e-2, "--seed", 7]
     result = subprocess.run(
@@ -149,7 +151,7 @@ def test_both_trainers_and_train_py_agree_at_every_step(model_folder, tmp_path):
     for row in packed:
         documents = np.split(row["input_ids"], np.cumsum(row["seq_lengths"])[:-1])
         rows.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in documents])
-    expected = train_py(model_folder, tmp_path, rows, "flash")
+    expected = train_py(model_folder, tmp_path, rows)
     prepared = prepare_rows(
         str(tmp_path / "texts.jsonl"),
         data_format="raw_json",
@@ -159,9 +161,22 @@ def test_both_trainers_and_train_py_agree_at_every_step(model_folder, tmp_path):
         anchor_placement="per_document",
         cache_dir=tmp_path / "cache",
     )
-    assert [list(r[:ROW]) for r in prepared.tokens] == [row["input_ids"] for row in packed]
-    steps = RowOrder(rows=len(prepared), seed=7, rows_per_step=2, total_rows=None)
-    order = np.concatenate([steps.step(2 * step) for step in range(SETTINGS["max_steps"])])
+    loader = make_loader(
+        prepared,
+        pattern="anchor",
+        seed=7,
+        batch_size=1,
+        accumulation=2,
+        data_rank=0,
+        data_degree=1,
+    )
+    order = []
+    for batch in islice(loader, 2 * SETTINGS["max_steps"]):
+        order += batch["row_ids"]
+        ours = collator([packed[order[-1]]])
+        assert torch.equal(ours["input_ids"], batch["input_ids"])
+        assert torch.equal(ours["shift_labels"], batch["labels"])
+        assert torch.equal(ours["position_ids"], batch["position_ids"])
 
     sft.train_dataset = sft.train_dataset.select(order)
     sft.train()

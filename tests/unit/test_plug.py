@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
+from torch.distributed.utils import _to_kwargs
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.data.data_collator import DataCollatorWithFlattening
 
@@ -221,6 +223,15 @@ def test_autocast_leaves_no_mixed_types():
     loss.backward()
     assert abs(loss - exact) / exact < 0.05
     assert model.lm_head.weight.grad.isfinite().all()
+
+
+def test_the_layout_survives_what_trainers_do_to_a_batch():
+    """Accelerate moves batches to the device item by item, DDP walks through the arguments."""
+    batch = AnchorDataCollator(TOKENIZER)(features())
+    moved = send_to_device(batch, torch.device("meta"))
+    assert moved["layout"].cu_seqlens.device.type == "meta"
+    assert moved["layout"].max_seqlen == batch["layout"].max_seqlen
+    assert _to_kwargs((), batch, torch.device("cpu"), False)[1][0]["layout"] is batch["layout"]
 
 
 # --- boundaries in a call -------------------------------------------------------------------------

@@ -43,7 +43,8 @@ SAME_LAYER = {  # the exceptions: importer -> the rooms of its own layer that it
 
 def sources() -> list[Path]:
     """Every Python file that stands in a layer."""
-    files = [ROOT / "train.py", *(ROOT / "anchor_context").rglob("*.py")]
+    folders = ("anchor_context", "benchmarks", "examples")
+    files = [ROOT / "train.py", *(f for name in folders for f in (ROOT / name).rglob("*.py"))]
     return [f for f in files if f.exists() and layer_key(f) is not None]
 
 
