@@ -4,6 +4,8 @@ Guarantees: figures are honest. Tokens per second count no padding; the MFU coun
 attention work, and the figure that counts full causal attention, as others publish it, stands beside
 it under its own name. Reading a device tensor waits for the device, so steps are kept as tensors and
 written every `--logging_steps`; their step time is then the mean over those steps.
+
+`StepProfiler` is the microscope besides: a torch profiler trace of a few steps.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import torch
 PEAK_BF16_FLOPS = {  # dense, per second, from the vendors' data sheets
     "B200": 2250e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,  # before "H100": the first name that fits counts
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H800": 989e12,
     "A100": 312e12,
@@ -80,7 +84,11 @@ class MetricsFile:
         """Continue the file behind step `keep_steps`; what a killed run wrote past it is dropped."""
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= keep_steps]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        rewritten = path.with_name(
+            f".{path.name}.rewritten"
+        )  # a kill here leaves the old file whole
+        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        rewritten.replace(path)
 
     def append(self, record: dict) -> None:
         with self.path.open("a") as stream:
@@ -89,11 +97,9 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if line.endswith("}"):
-            records.append(json.loads(line))
-    return records
+    text = path.read_text() if path.exists() else ""
+    whole_lines = text[: text.rfind("\n") + 1]  # a line is whole once its end is written
+    return [json.loads(line) for line in whole_lines.splitlines()]
 
 
 def plot_loss(metrics: Path, plot: Path) -> None:
@@ -119,3 +125,44 @@ def plot_loss(metrics: Path, plot: Path) -> None:
     axis.set_title(f"{records[-1]['step']} steps, final loss {records[-1]['loss']:.3f}")
     figure.savefig(plot, dpi=120)
     pyplot.close(figure)
+
+
+class StepProfiler:
+    """Writes a torch profiler trace of some steps (`--profile_steps A:B`), for Perfetto."""
+
+    def __init__(self, steps: str | None, folder: Path, *, rank: int):
+        """Of steps "A:B", into folder/steps-A-B.rank-R.json.gz; None profiles nothing."""
+        self.profile = None
+        if steps is not None:
+            self.first, self.last = parse_profile_steps(steps)
+            self.trace = folder / f"steps-{self.first}-{self.last}.rank-{rank}.json.gz"
+        else:
+            self.first = self.last = 0  # steps count from 1
+
+    def before(self, step: int) -> None:
+        """Call before optimiser step `step`. A resumed run may come in between A and B."""
+        if self.profile is None and self.first <= step <= self.last:
+            self.profile = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            self.profile.start()
+
+    def after(self, step: int, *, final: bool = False) -> None:
+        """Call after it; `final` if the run ends here, perhaps before B."""
+        if self.profile is not None and (final or step == self.last):
+            self.profile.stop()
+            self.trace.parent.mkdir(parents=True, exist_ok=True)
+            self.profile.export_chrome_trace(str(self.trace))
+            self.profile, self.first, self.last = None, 0, 0
+
+
+def parse_profile_steps(steps: str) -> tuple[int, int]:
+    """ "A:B" -> the first and the last step to profile, counted from 1.
+
+    Raises:
+        ValueError: not two whole numbers, or no step.
+    """
+    first, colon, last = steps.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(
+            f"--profile_steps {steps} must be A:B, the first and the last step to profile, such as 3:5"
+        )
+    return int(first), int(last)

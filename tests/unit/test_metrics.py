@@ -1,0 +1,179 @@
+"""The record of a run: work that PyTorch counts too, files that survive a kill, traces of chosen steps."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from anchor_context.attention.patterns import attended_pairs
+from anchor_context.metrics import (
+    MetricsFile,
+    ModelWork,
+    StepProfiler,
+    parse_profile_steps,
+    peak_flops,
+    peak_memory_bytes,
+    plot_loss,
+    read_metrics,
+)
+
+TOKENS = 32
+
+
+def tiny(*, tied: bool, head_dim: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        vocab_size=40,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",  # writes out every pair, so the counter sees them
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_work_is_what_pytorch_counts(tied, head_dim):
+    model = tiny(tied=tied, head_dim=head_dim)
+    tokens = torch.arange(TOKENS)[None]
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        cross_entropy(logits[0], tokens[0]).backward()
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)  # norms multiply nothing
+    work = ModelWork.of(model.config, parameters=matrices)
+    # Eager attention computes the future pairs too, and hides them afterwards.
+    assert work.flops(tokens=TOKENS, pairs=TOKENS**2) == counter.get_total_flops()
+
+
+def test_the_pattern_s_own_work_is_less_than_full_causal_work():
+    work = ModelWork(matmul_parameters=1_000, attention_width=64)
+    lengths = np.array([10, 20, 2])
+    own = attended_pairs(lengths, pattern="intra_doc", anchor_placement="none")
+    full = attended_pairs(lengths, pattern="full", anchor_placement="none")
+    assert (own, full) == (55 + 210 + 3, 528)
+    difference = work.flops(tokens=32, pairs=full) - work.flops(tokens=32, pairs=own)
+    assert difference == 12 * 64 * (528 - 268)
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Some GPU nobody knows", None),
+    ],
+)
+def test_a_gpu_s_ceiling_is_its_own(name, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == flops
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_peak_memory_is_in_bytes():
+    before = peak_memory_bytes(torch.device("cpu"))
+    assert before > 50 * 2**20  # a process that holds PyTorch
+    block = torch.ones(before // 4 + 2**26)  # float32: more than all that was ever resident
+    assert peak_memory_bytes(torch.device("cpu")) > block.nbytes
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 4, "lo', '{"step": 4, "sent": {"ring": 1}', '{"step": 4, "loss": 1.0}']
+)
+def test_a_torn_last_line_is_left_out_and_written_again(torn, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, keep_steps=0)
+    for step in (1, 2, 3):
+        file.append({"step": step, "sent": {"ring": step}})
+    with path.open("a") as stream:
+        stream.write(torn)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+
+    resumed = MetricsFile(path, keep_steps=2)
+    resumed.append({"step": 3, "sent": {"ring": 30}})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "sent": {"ring": 1}},
+        {"step": 2, "sent": {"ring": 2}},
+        {"step": 3, "sent": {"ring": 30}},
+    ]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(json.JSONDecodeError):
+        read_metrics(path)
+
+
+def test_a_kill_while_rewriting_leaves_the_old_record(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def killed(self, text):
+        with self.open("w") as stream:
+            stream.write(text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsFile(path, keep_steps=1)
+    assert len(read_metrics(path)) == 2
+
+
+def test_the_plot_is_a_png(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", keep_steps=0)
+    for step in (1, 2):
+        file.append(
+            {"step": step, "tokens_seen": step * 10, "loss": 3.0 / step, "learning_rate": 1e-3}
+        )
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_steps(profiler: StepProfiler, steps: range) -> None:
+    for step in steps:
+        profiler.before(step)
+        with torch.profiler.record_function(f"step {step}"):
+            torch.ones(4).sum()
+        profiler.after(step, final=step == steps[-1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "expected"),
+    [
+        ("3:4", range(1, 7), {3, 4}),
+        ("2:9", range(1, 4), {2, 3}),  # the run ends first
+        ("2:5", range(4, 8), {4, 5}),  # resumed in between
+    ],
+)
+def test_the_trace_holds_the_steps_asked_for(asked, steps, expected, tmp_path):
+    run_steps(StepProfiler(asked, tmp_path / "profile", rank=1), steps)
+    (trace,) = (tmp_path / "profile").iterdir()
+    assert trace.name == f"steps-{asked.replace(':', '-')}.rank-1.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {int(n.split()[1]) for n in names if n and n.startswith("step ")} == expected
+
+
+def test_nobody_asked_and_nothing_is_traced(tmp_path):
+    run_steps(StepProfiler(None, tmp_path / "profile", rank=0), range(1, 4))
+    run_steps(StepProfiler("8:9", tmp_path / "profile", rank=0), range(1, 4))
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize("steps", ["3", "5:3", "0:2", "a:b", "-1:2", "1:2:3", ""])
+def test_other_spellings_are_refused(steps):
+    with pytest.raises(ValueError, match="--profile_steps"):
+        parse_profile_steps(steps)
