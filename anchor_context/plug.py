@@ -137,9 +137,10 @@ class AnchorDataCollator:
     """Documents, or rows of documents, -> the inputs of a patched model.
 
     A feature with `seq_lengths` (TRL's packing writes it; the Trainer drops it unless
-    `remove_unused_columns=False`) is one row of documents of these lengths; rows are padded to the longest. Features without it are documents, and all of them together make
-    one row: no padding, nothing cut. Anchors are placed as the engine computes them best, one at the
-    start of every document (an anchor that is already there is not doubled) or one per row:
+    `remove_unused_columns=False`) is one row of documents of these lengths; rows are padded to the
+    longest. Features without it are documents, and all of them together make one row: no padding,
+    nothing cut. Anchors are placed as the engine computes them best, one at the start of every
+    document (an anchor that is already there is not doubled) or one per row:
 
         tokens         ^  a  b  ^  c  d  e       (two documents, per-document anchors)
         labels        -100 a  b -100 c  d  e      transformers' form: the token itself, if a target
