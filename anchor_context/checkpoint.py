@@ -1,7 +1,7 @@
 """Checkpoints to resume from: written whole or not at all, verified before they are loaded.
 
     checkpoints/checkpoint_{steps}_{rows}/
-        manifest.json        written last: size and SHA-256 of every file, steps, rows, ZeRO layout, the caller's state
+        manifest.json        written last: sizes, SHA-256, steps, rows, ZeRO layout, the caller's state
         model/…              DeepSpeed's files: weights and optimiser, one pair per rank
         rank_{rank}.pt       the rank's random states and its optimiser's settings
 
@@ -13,7 +13,7 @@ redistributes the same float32 values.
 
 Loads without running foreign code: DeepSpeed asks `torch.load` for full unpickling, which
 runs whatever a file says. Here PyTorch's own switch turns that into `weights_only` loading for the
-duration, and only the classes in `_deepspeed_classes` are let through; anything else is an error that names it.
+duration, and only the classes in `_deepspeed_classes` are let through; any other is an error that names it.
 
 Costs: saving writes 12 bytes per parameter (float32 weights and both Adam moments; 2 more in bfloat16)
 at the speed of disk and SHA-256, while training waits. Finding one reads it whole. Loading with another
@@ -322,9 +322,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(accelerator: Accelerator, path: Path) -> dict:
     """Load a checkpoint that `find_checkpoint` gave, right after `accelerator.prepare`. Collective.
 
-    With another number of ranks (or ZeRO sub-group size) than at the save, one process first converts it
-    beside the original, by DeepSpeed's `ds_to_universal`, and the copy is removed after loading. Random states
-    are then not restored: those of other ranks mean nothing here, and the caller's seed stays.
+    With another number of ranks (or ZeRO sub-group size) than at the save, one process first converts
+    it beside the original, by DeepSpeed's `ds_to_universal`, and the copy is removed after loading.
+    Random states are then not restored: those of other ranks mean nothing here; the caller's seed stays.
 
     Returns:
         The caller's `state`, with `steps` and `rows`.

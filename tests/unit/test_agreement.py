@@ -1,0 +1,113 @@
+"""All ranks get one answer: from one rank's work, from a signal that one of them got, from one clock."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing as mp
+
+from anchor_context import agreement
+from anchor_context.agreement import PreemptionGuard, on_one_rank
+
+
+def start(ranks: int, job, folder: Path):
+    """Start `job(rank, folder, accelerator)` on gloo processes."""
+    port = random.SystemRandom().randrange(20000, 60000)
+    return mp.spawn(_rank_main, args=(ranks, port, job, folder), nprocs=ranks, join=False)
+
+
+def _rank_main(rank: int, ranks: int, port: int, job, folder: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == ranks
+    job(rank, folder, accelerator)
+    accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
+def agree(rank: int, folder: Path, accelerator) -> None:
+    agreement.HEARTBEAT_SECONDS = 0.02  # several beats before the work is done
+    threads = threading.active_count()
+    ran = []
+
+    def slow():
+        ran.append(rank)
+        threading.Event().wait(0.1)
+        return {"rank": rank}
+
+    assert on_one_rank(accelerator, slow, rank=1) == {"rank": 1}
+    assert ran == ([1] if rank == 1 else [])
+
+    def fails():
+        raise FileNotFoundError(2, "No such file", "/somewhere")
+
+    with pytest.raises(FileNotFoundError) as caught:
+        on_one_rank(accelerator, fails)
+    assert (caught.value.errno, caught.value.filename) == (2, "/somewhere")
+    assert on_one_rank(accelerator, lambda: None) is None
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with PreemptionGuard() as guard:
+        assert not guard.requested()
+        assert guard.main_decides(rank == 0)
+        assert not guard.main_decides(rank == 1)
+        if rank == 1:
+            for _ in range(3):  # a launcher's and a scheduler's, of one request
+                os.kill(os.getpid(), signal.SIGTERM)
+            while guard.received is None:
+                threading.Event().wait(0.01)
+        assert guard.requested()
+        assert guard.received == (signal.SIGTERM if rank == 1 else None)
+        child = os.fork()
+        if child == 0:  # a data worker's signals are its own
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert threading.active_count() == threads
+    (folder / f"done{rank}").touch()
+
+
+def blocked(rank: int, folder: Path, accelerator) -> None:
+    """Rank 0 waits in a collective for rank 1, which signals it twice instead of coming."""
+    agreement.SAME_REQUEST_SECONDS = -1.0  # every further signal is a second one
+    pids = [None, None]
+    torch.distributed.all_gather_object(pids, os.getpid())
+    with PreemptionGuard():
+        accelerator.wait_for_everyone()
+        if rank == 0:
+            torch.distributed.barrier()
+            raise AssertionError("nobody came")
+        os.kill(pids[0], signal.SIGTERM)
+        threading.Event().wait(0.5)  # else the two would be one
+        os.kill(pids[0], signal.SIGTERM)
+        threading.Event().wait(30)
+
+
+def test_ranks_agree(tmp_path):
+    start(2, agree, tmp_path).join()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["done0", "done1"]
+
+
+def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path):
+    context = start(2, blocked, tmp_path)
+    with pytest.raises(mp.ProcessExitedException) as caught:
+        context.join()
+    assert (caught.value.error_index, caught.value.exit_code) == (0, 128 + signal.SIGTERM)

@@ -1,0 +1,199 @@
+"""setup_debugpy: off unless asked for, one rank listens, on this machine only; it frees only what is ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from anchor_context import util
+from anchor_context.util import setup_debugpy
+from tests.debug_client import DebugClient
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """\
+import os, sys
+from pathlib import Path
+from accelerate import Accelerator
+from anchor_context.util import setup_debugpy
+
+def work(rank):
+    total = 40 + 2 * rank
+    print(f"rank {rank} total {total}")
+
+accelerator = Accelerator(cpu=True)
+setup_debugpy(accelerator)
+Path(f"passed{accelerator.process_index}").touch()
+work(accelerator.process_index)
+print("debugpy" in sys.modules)
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+BREAKPOINT = SCRIPT.splitlines().index('    print(f"rank {rank} total {total}")') + 1
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    """No setting from outside, and a home of its own, where the record of a debug server is kept."""
+    for name in [name for name in os.environ if name.startswith("DEBUGPY")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start the script on so many ranks with these settings; what is left over is killed."""
+    processes = []
+
+    def start_ranks(ranks: int, **settings: str) -> list[subprocess.Popen]:
+        (tmp_path / "script.py").write_text(SCRIPT)
+        master = str(free_port())
+        for rank in range(ranks):
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+            }
+            env = os.environ | {name: str(value) for name, value in place.items()} | settings
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": master, "PYTHONPATH": str(ROOT)}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "script.py"],
+                    cwd=tmp_path,
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        return processes[-ranks:]
+
+    yield start_ranks
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def wait_for_server(port: int, process: subprocess.Popen) -> None:
+    """Until the debug port is open and recorded."""
+    while not util._record_file(port).exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+
+
+def test_an_editor_attaches_to_one_rank_and_the_others_wait(start, port, tmp_path):
+    settings = {"DEBUGPY": "1", "DEBUGPY_RANK": "1", "DEBUGPY_PORT": str(port)}
+    ranks = start(2, **settings)
+    wait_for_server(port, ranks[1])
+    assert not list(tmp_path.glob("passed*"))
+
+    client = DebugClient(port)
+    thread = client.run_to(tmp_path / "script.py", BREAKPOINT)
+    assert client.evaluate("total", thread) == "42"
+    client.go_on_and_leave(tmp_path / "script.py", thread)
+
+    told = [process.communicate()[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], told
+    assert "rank 0 total 40" in told[0] and told[0].endswith("False\n"), (
+        "only rank 1 imports debugpy"
+    )
+    assert "rank 1 total 42" in told[1] and told[1].endswith("True\n")
+    assert f"rank 1 waits for a debugger on localhost:{port}" in told[1]
+
+
+def test_force_frees_a_server_of_this_project_and_no_other(start, port, monkeypatch, tmp_path):
+    (process,) = start(1, DEBUGPY="1", DEBUGPY_PORT=str(port))
+    wait_for_server(port, process)
+    with pytest.raises(ValueError, match=f"DEBUGPY_PORT={port} on localhost is taken"):
+        util._listen("localhost", port, force=False)
+
+    record = util._record_file(port)
+    truth = record.read_text()
+    for lie in (
+        None,
+        {"pid": json.loads(truth)["pid"], "started": 1.0},
+    ):  # another one's; a reused id
+        record.unlink() if lie is None else record.write_text(json.dumps(lie))
+        util._end_our_server(port)
+        assert not util._is_free("127.0.0.1", port)
+    record.write_text(truth)
+    util._end_our_server(port)
+    assert util._is_free("127.0.0.1", port) and not record.exists()
+
+
+def test_force_leaves_other_programs_alone(port, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        record = util._record_file(port)
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"pid": os.getpid(), "started": 0.0}))
+        with pytest.raises(ValueError, match=f"DEBUGPY_PORT={port} on 127.0.0.1 is taken"):
+            util._listen("127.0.0.1", port, force=True)
+        socket.create_connection(("127.0.0.1", port)).close()
+
+
+def test_a_taken_port_fails_every_rank_with_its_number(start, port):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        ranks = start(2, DEBUGPY="1", DEBUGPY_RANK="1", DEBUGPY_PORT=str(port))
+        for process in ranks:
+            told = process.communicate()[0]
+            assert process.returncode == 1
+            assert f"ValueError: DEBUGPY_PORT={port} on localhost is taken" in told
+
+
+@pytest.mark.parametrize("setting", ["", "0"])
+def test_off_does_nothing(monkeypatch, setting):
+    monkeypatch.setenv("DEBUGPY", setting)
+    monkeypatch.setenv("DEBUGPY_PORT", "nonsense")
+    monkeypatch.setitem(sys.modules, "debugpy", None)  # importing it would raise
+    setup_debugpy(None)
+
+
+@pytest.mark.parametrize("endpoint", ["0.0.0.0", "192.0.2.1"])
+def test_remote_is_refused_unless_allowed(monkeypatch, port, endpoint):
+    with pytest.raises(ValueError, match=f"DEBUGPY_ENDPOINT={endpoint} is not a loopback address"):
+        util._listen(endpoint, port, force=False)
+    monkeypatch.setenv("DEBUGPY_ALLOW_REMOTE", "1")
+    opened = []
+    monkeypatch.setitem(sys.modules, "debugpy", SimpleNamespace(listen=opened.append))
+    monkeypatch.setattr(util, "_is_free", lambda address, port: True)
+    util._listen(endpoint, port, force=False)
+    assert opened == [(endpoint, port)]
+
+
+@pytest.mark.parametrize(
+    "name, value", [("DEBUGPY_PORT", "http"), ("DEBUGPY_PORT", "70000"), ("DEBUGPY_RANK", "2")]
+)
+def test_a_bad_number_is_named(monkeypatch, name, value):
+    monkeypatch.setenv("DEBUGPY", "1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}={value} must be a whole number"):
+        setup_debugpy(SimpleNamespace(num_processes=2, process_index=0))
+
+
+def test_an_unknown_host_is_named():
+    with pytest.raises(ValueError, match=r"DEBUGPY_ENDPOINT=nowhere\.invalid"):
+        util._listen("nowhere.invalid", 5678, force=False)
