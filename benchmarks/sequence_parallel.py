@@ -54,6 +54,7 @@ from anchor_context.parallel.plan import (
     contiguous_plan,
     cut_row,
     plan_row,
+    zigzag_plan,
 )
 from anchor_context.parallel.shard import shard_batch
 from anchor_context.parallel.ulysses import kv_repeats
@@ -151,9 +152,8 @@ def plan_contiguous(boundaries: np.ndarray, *, ranks: int) -> RowPlan:
 
 
 def plan_zigzag(boundaries: np.ndarray, *, ranks: int) -> RowPlan:
-    """Rank r owns blocks r and 2 P - 1 - r: the balance of one row-long document."""
-    owner = np.concatenate((np.arange(ranks), np.arange(ranks)[::-1]))
-    return RowPlan(cut_row(boundaries, blocks=2 * ranks), owner, ranks)
+    """An early and a late piece per rank."""
+    return zigzag_plan(cut_row(boundaries, blocks=2 * ranks), ranks=ranks)
 
 
 def minimum_tokens(rows: list[np.ndarray], ranks: int) -> float:

@@ -13,7 +13,8 @@ in a block (the block's *tail*) if it owns a later block of the document, once, 
 Two aims pull apart: neighbouring blocks on one rank save bytes, and the late blocks of long documents,
 which hold most of the attention pairs, must spread. The planner places the heaviest block first, where
 it costs the fewest tokens among the ranks that keep within `BALANCE` of the mean, and then swaps pairs
-of blocks while that helps.
+of blocks while that helps. Where a contiguous or a zigzag placement does as well for fewer tokens, it
+takes that.
 
 Guarantees: a pure function of the document boundaries and the number of ranks, so every rank finds
 the same plan without a word exchanged; every rank gets equally many tokens. Costs about 1.3 ms on
@@ -126,14 +127,29 @@ def plan_row(boundaries: np.ndarray, *, ranks: int) -> RowPlan:
     if per_rank == 1 or ranks == 1:
         return contiguous_plan(row, ranks=ranks)
     follows = _follows(row)
-    owner = _place(row, follows, ranks=ranks)
-    return RowPlan(row, _swap(row, follows, owner, ranks=ranks), ranks)
+    owner = _swap(row, follows, _place(row, follows, ranks=ranks), ranks=ranks)
+    plans = (
+        RowPlan(row, owner, ranks),
+        contiguous_plan(row, ranks=ranks),  # wins where documents are many and short
+        zigzag_plan(row, ranks=ranks),  # wins on one row-long document
+    )
+    return min(plans, key=lambda plan: (max(plan.imbalance, BALANCE), plan.sent_tokens))
 
 
 def contiguous_plan(row: BlockRow, *, ranks: int) -> RowPlan:
     """Each rank one piece of the row: the fewest bytes, and the busiest last owner of long documents."""
     blocks = len(row.work)
     return RowPlan(row, np.arange(blocks) // (blocks // ranks), ranks)
+
+
+def zigzag_plan(row: BlockRow, *, ranks: int) -> RowPlan:
+    """Each rank an early and a late piece: the balance of one row-long document.
+
+    An odd number of blocks per rank puts one more into the early piece, or into the late one.
+    """
+    half_blocks = np.repeat(np.arange(ranks), len(row.work) // ranks)
+    owner = np.concatenate((half_blocks, half_blocks[::-1]))[::2]
+    return RowPlan(row, owner, ranks)
 
 
 def blocks_per_rank(row_length: int, *, ranks: int) -> int:

@@ -14,6 +14,7 @@ from anchor_context.parallel.plan import (
     contiguous_plan,
     cut_row,
     plan_row,
+    zigzag_plan,
 )
 
 
@@ -103,6 +104,20 @@ def test_one_row_long_document(row_length, ranks):
     plan = plan_row(np.array([0, row_length]), ranks=ranks)
     assert plan.imbalance <= 1.05
     assert plan.sent_tokens <= (ranks - 1) * row_length
+
+
+def test_simple_placements_win_where_they_do_as_well():
+    """Many short documents stay contiguous; one row-long document is halved as zigzag does."""
+    short = plan_row(np.arange(0, 4097, 32), ranks=4)
+    assert short.sent_tokens == 0 and short.imbalance == 1
+    one = plan_row(np.array([0, 4096]), ranks=4)
+    assert one.imbalance == pytest.approx(1) and one.sent_tokens == 0.75 * 3 * 4096
+
+
+@pytest.mark.parametrize("per_rank", [2, 3, 8, 11])
+def test_zigzag_gives_every_rank_equally_many_blocks(per_rank):
+    row = cut_row(np.array([0, 4 * per_rank * 5]), blocks=4 * per_rank)
+    assert (np.bincount(zigzag_plan(row, ranks=4).owner) == per_rank).all()
 
 
 def test_the_plan_depends_on_the_boundaries_alone():
