@@ -35,26 +35,63 @@ def rotate_in_float32(model: PreTrainedModel) -> Callable[[], None]:
     Raises:
         ValueError: the model's attention does not rotate through transformers' `apply_rotary_pos_emb`.
     """
-    tables = [module for module in model.modules() if hasattr(module, "inv_freq")]
-    layers = [module for module in model.modules() if _rotates(module)]
-    if not tables or not layers:
-        raise ValueError(
-            f"--rope_precision float32 cannot reach the rotation of {type(model).__name__}; it is for "
-            "models whose attention calls apply_rotary_pos_emb, as LLaMA, Mistral, Qwen2 and Qwen3"
-        )
+    restore_rotation = wrap_rotation(model, _rounded_once)
     hooks = [
-        table.register_forward_pre_hook(_ask_for_float32, with_kwargs=True) for table in tables
+        table.register_forward_pre_hook(_ask_for_float32, with_kwargs=True)
+        for table in rotary_tables(model)
     ]
-    for layer in layers:
-        layer.forward = MethodType(_with_rounded_rotation(type(layer).forward), layer)
 
     def undo() -> None:
+        restore_rotation()
         for hook in hooks:
             hook.remove()
+
+    return undo
+
+
+def wrap_rotation(
+    model: PreTrainedModel, wrap: Callable[[Callable], Callable]
+) -> Callable[[], None]:
+    """Give every attention layer of this one `model`, in order, `wrap(rotate)` for its rotation.
+
+    `rotate(query, key, cos, sin) -> (query, key)` is transformers' function. The layer keeps its own
+    forward; only the global name that this forward reads is another one.
+
+    Returns:
+        A function without arguments that undoes it.
+
+    Raises:
+        ValueError: no layer calls `apply_rotary_pos_emb`.
+    """
+    layers = [module for module in model.modules() if _rotates(module)]
+    if not layers or not rotary_tables(model):
+        raise ValueError(
+            f"cannot reach the rotation of {type(model).__name__} (--rope_precision float32 and the "
+            "precision laboratory need it): they are for models whose attention calls "
+            "apply_rotary_pos_emb, as LLaMA, Mistral, Qwen2 and Qwen3"
+        )
+    for layer in layers:
+        forward = inspect.unwrap(type(layer).forward)
+        own = FunctionType(
+            forward.__code__,
+            {**forward.__globals__, ROTATION: wrap(forward.__globals__[ROTATION])},
+            forward.__name__,
+            forward.__defaults__,
+            forward.__closure__,
+        )
+        own.__kwdefaults__ = forward.__kwdefaults__
+        layer.forward = MethodType(own, layer)
+
+    def undo() -> None:
         for layer in layers:
             del layer.forward
 
     return undo
+
+
+def rotary_tables(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that compute cos and sin."""
+    return [module for module in model.modules() if hasattr(module, "inv_freq")]
 
 
 def _rotates(module: nn.Module) -> bool:
@@ -68,22 +105,10 @@ def _ask_for_float32(table: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     return (torch.empty(0, dtype=torch.float32, device=hidden.device), *args[1:]), kwargs
 
 
-def _with_rounded_rotation(forward: Callable) -> Callable:
-    """The attention layer's own forward, reading `apply_rotary_pos_emb` as the rounded one."""
-    forward = inspect.unwrap(forward)
-    rotate = forward.__globals__[ROTATION]
-
+def _rounded_once(rotate: Callable) -> Callable:
     def rotate_and_round(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs):
         # cos and sin are float32, so PyTorch's type promotion computes the products and the sum in it.
         rotated_query, rotated_key = rotate(query, key, cos, sin, *args, **kwargs)
         return rotated_query.to(query.dtype), rotated_key.to(key.dtype)
 
-    own = FunctionType(
-        forward.__code__,
-        {**forward.__globals__, ROTATION: rotate_and_round},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    own.__kwdefaults__ = forward.__kwdefaults__
-    return own
+    return rotate_and_round

@@ -116,5 +116,5 @@ def test_generation_with_a_cache():
 
 def test_a_model_without_rope_is_refused():
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
-    with pytest.raises(ValueError, match="--rope_precision float32 cannot reach"):
+    with pytest.raises(ValueError, match="cannot reach the rotation of GPT2LMHeadModel"):
         rotate_in_float32(GPT2LMHeadModel(config))

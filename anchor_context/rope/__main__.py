@@ -1,0 +1,311 @@
+"""The precision laboratory: what bfloat16 does to RoPE in a model.
+
+    python -m anchor_context.rope precision --model PATH --out DIR
+        [--random-weights] [--text FILE] [--lengths 1024,4096] [--shifts 0,16,1024]
+        [--dtypes float32,bfloat16,float16] [--patterns full,anchor] [--documents 4] [--queries 32]
+
+writes DIR/report.md, change.csv, steps.csv, tokens.csv and six pictures. Works without a GPU and
+without S × S memory: a sample of each row's queries meets all of its keys, and the report says how many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, set_seed
+
+from anchor_context.attention.patterns import PATTERNS, attended_boundaries, make_layout
+from anchor_context.rope.plots import draw_all
+from anchor_context.rope.precision import (
+    Arrangement,
+    Case,
+    Change,
+    each_step,
+    float32_rotation,
+    measure_layer,
+    model_arithmetic,
+    rope_of,
+    sample_queries,
+    time_rotation,
+    visit_layers,
+)
+from anchor_context.rope.report import Measurements, write_csv, write_report
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parse(arguments)
+    set_seed(flags.seed)
+    model = load_model(flags.model, random_weights=flags.random_weights).to(flags.device)
+    token_ids = load_tokens(flags.text, flags.model, model.config.vocab_size, max(flags.lengths))
+    out = Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    found = measure(
+        model,
+        token_ids,
+        lengths=flags.lengths,
+        shifts=flags.shifts,
+        dtypes=flags.dtypes,
+        patterns=flags.patterns,
+        documents=flags.documents,
+        queries=flags.queries,
+        setting={
+            "model": f"{flags.model} ({model.config.model_type}, {model.dtype})",
+            "weights": f"random, seed {flags.seed}" if flags.random_weights else "the model's own",
+            "tokens": flags.text or f"drawn at random from the vocabulary, seed {flags.seed}",
+            "machine": machine(flags.device),
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        },
+    )
+    write_csv(out / "change.csv", found.changes)
+    write_csv(out / "steps.csv", found.steps)
+    write_csv(out / "tokens.csv", found.tokens)
+    write_report(out / "report.md", found, pictures=draw_all(found, out))
+    print(f"{out}/report.md")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m anchor_context.rope", description=__doc__.splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser(
+        "precision", help="the change of attention under a shift"
+    ).add_argument
+    add("--model", required=True, help="a Hugging Face model, or a folder with its config.json")
+    add("--random-weights", "--random_weights", action="store_true", help="read its config only")
+    add("--text", help="a UTF-8 file to run the model on; default: random tokens")
+    add(
+        "--lengths", type=positive_integers, default=[1024, 4096, 16384], help="row lengths, tokens"
+    )
+    add(
+        "--shifts", type=integers, default=[0, 16, 128, 1024, 16384], help="shifts of all positions"
+    )
+    add("--dtypes", type=names_of(DTYPES), default=list(DTYPES), help="of the model under test")
+    add("--patterns", type=names_of(PATTERNS), default=list(PATTERNS), help="attention patterns")
+    add("--documents", type=int, default=4, help="documents in a row")
+    add("--queries", type=int, default=32, help="sampled queries in a row")
+    add("--seed", type=int, default=42, help="of random weights and tokens")
+    add("--device", default="cpu")
+    add("--out", required=True, help="the folder for report, tables and pictures")
+    flags = parser.parse_args(arguments)
+    if max(flags.shifts) == 0:
+        parser.error("--shifts 0 changes nothing; name at least one other, for example 0,16,1024")
+    if flags.documents < 1 or min(flags.lengths) < 2 * flags.documents:
+        parser.error(
+            f"--documents {flags.documents} must be at least 1, and leave every document of the shortest "
+            f"row (--lengths {min(flags.lengths)}) two tokens"
+        )
+    if flags.queries < 1:
+        parser.error(f"--queries {flags.queries} must be at least 1")
+    return flags
+
+
+def measure(
+    model: PreTrainedModel,
+    token_ids: Tensor,
+    *,
+    lengths: list[int],
+    shifts: list[int],
+    dtypes: list[str],
+    patterns: list[str],
+    documents: int,
+    queries: int,
+    setting: dict[str, str],
+) -> Measurements:
+    """Measure every length, shift, type and pattern, layer by layer of one forward pass per length."""
+    config, rope = model.config, rope_of(model)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = 2 * len(rope.inv_freq)
+    cases = [case for dtype in dtypes for case in cases_of(dtype)]
+    steps = [
+        Case(f"{dtype}/{step}/{rounded}", DTYPES[dtype], arithmetic)
+        for dtype in dtypes
+        for step, rounded, arithmetic in each_step(DTYPES[dtype])
+    ]
+    changes, step_changes, tokens = [], [], []
+    for length in lengths:
+        sampled = sample_queries(length, number=queries).to(model.device)
+        arrangements = [arrange(name, length, documents, model.device) for name in patterns]
+        plain = arrange("full", length, 1, model.device)
+        bar = tqdm(total=config.num_hidden_layers, desc=f"{length:,} tokens", unit="layer")
+
+        def visit(
+            layer: int,
+            query: Tensor,
+            key: Tensor,
+            length: int = length,
+            sampled: Tensor = sampled,
+            arrangements: list[Arrangement] = arrangements,
+            plain: Arrangement = plain,
+            bar: tqdm = bar,
+        ) -> None:
+            common = {
+                "layer": layer,
+                "queries": sampled,
+                "rope": rope,
+                "scale": head_dim**-0.5,
+            }
+            for arrangement in arrangements:
+                for row in measure_layer(
+                    query,
+                    key,
+                    arrangement=arrangement,
+                    cases=cases,
+                    shifts=shifts,
+                    by_token=length == max(lengths),
+                    **common,
+                ):
+                    target = changes if isinstance(row, Change) else tokens
+                    target.append({"length": length, **asdict(row)})
+            for row in measure_layer(
+                query, key, arrangement=plain, cases=steps, shifts=[max(shifts)], **common
+            ):
+                dtype, step, rounded = row.arithmetic.split("/")
+                step_changes.append(
+                    {
+                        "length": length,
+                        "dtype": dtype,
+                        "step": step,
+                        "rounded": rounded,
+                        **asdict(row),
+                    }
+                )
+            bar.update()
+
+        row_ids = put_anchors(token_ids[:length], document_starts(length, documents), config)
+        visit_layers(model, row_ids[None].to(model.device), visit, queries=sampled)
+        bar.close()
+
+    setting = setting | {
+        "layers, heads, key/value heads, head size": f"{config.num_hidden_layers}, {heads}, {kv_heads}, "
+        f"{head_dim}",
+        "RoPE": str(config.rope_parameters),
+        "row": f"{documents} documents of equal length, each with the anchor token first",
+        "queries sampled per row, each against all keys it sees": f"{len(sampled)}, evenly over the row",
+    }
+    seconds = {
+        dtype: time_rotation(
+            heads=heads, kv_heads=kv_heads, row_length=max(lengths), rope=rope, dtype=DTYPES[dtype]
+        )
+        for dtype in dtypes
+        if DTYPES[dtype] != torch.float32
+    }
+    return Measurements(setting, changes, step_changes, tokens, seconds)
+
+
+def cases_of(dtype: str) -> list[Case]:
+    """The model's own arithmetic, and where it differs, the rotation in float32."""
+    torch_dtype = DTYPES[dtype]
+    cases = [Case(dtype, torch_dtype, model_arithmetic(torch_dtype))]
+    if torch_dtype != torch.float32:
+        label = f"{dtype}, rotated in float32"
+        cases.append(Case(label, torch_dtype, float32_rotation(torch_dtype)))
+    return cases
+
+
+def arrange(pattern: str, row_length: int, documents: int, device: torch.device) -> Arrangement:
+    """The pattern's positions and visibility in a row of so many equal documents."""
+    layout = make_layout(
+        document_starts(row_length, documents),
+        batch_size=1,
+        row_length=row_length,
+        pattern=pattern,
+        anchor_placement="per_document" if pattern == "anchor" else "none",
+    )
+    boundaries = attended_boundaries(layout)[0].long()
+    starts = boundaries[:-1].repeat_interleave(boundaries.diff())
+    at_start = torch.zeros(row_length, dtype=torch.bool)
+    at_start[document_starts(row_length, documents)] = True
+    fixed = at_start if pattern == "anchor" else torch.zeros_like(at_start)
+    return Arrangement(
+        pattern, layout.position_ids[0].to(device), starts.to(device), fixed.to(device)
+    )
+
+
+def document_starts(row_length: int, documents: int) -> np.ndarray:
+    return np.arange(documents) * row_length // documents
+
+
+def put_anchors(token_ids: Tensor, starts: np.ndarray, config) -> Tensor:
+    """The row with the anchor token (BOS, else EOS, else token 0) at each document's start."""
+    special = (config.bos_token_id, config.eos_token_id, 0)
+    anchor = next(token for token in special if isinstance(token, int))
+    token_ids = token_ids.clone()
+    token_ids[starts] = anchor
+    return token_ids
+
+
+def load_model(path: str, *, random_weights: bool) -> PreTrainedModel:
+    """The decoder without its head, in the type it is stored in."""
+    if random_weights:
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModel.from_config(config, attn_implementation="sdpa")
+    else:
+        model = AutoModel.from_pretrained(path, dtype="auto", attn_implementation="sdpa")
+    return model.eval()
+
+
+def load_tokens(text: str | None, model: str, vocab_size: int, number: int) -> Tensor:
+    """(number,) int64 from the file, or at random.
+
+    Raises:
+        ValueError: the file has fewer tokens.
+    """
+    if text is None:
+        return torch.randint(vocab_size, (number,))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    token_ids = tokenizer(Path(text).read_text(), add_special_tokens=False)["input_ids"]
+    if len(token_ids) < number:
+        raise ValueError(
+            f"--text {text} has {len(token_ids):,} tokens, and --lengths asks for {number:,}; "
+            "give a longer text or shorter rows"
+        )
+    return torch.tensor(token_ids[:number])
+
+
+def machine(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def positive_integers(text: str) -> list[int]:
+    values = integers(text)
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must hold positive numbers only")
+    return values
+
+
+def integers(text: str) -> list[int]:
+    values = sorted({int(part) for part in text.split(",")})
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a negative number")
+    return values
+
+
+def names_of(known):
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"{unknown} unknown; choose from {','.join(known)}, separated by commas"
+            )
+        return found
+
+    return names
+
+
+if __name__ == "__main__":
+    main()

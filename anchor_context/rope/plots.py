@@ -1,0 +1,278 @@
+"""The laboratory's pictures, one function each, from the same rows as the CSV files.
+
+Guarantees: axes carry names and units, an arithmetic has the same colour in every picture, and exact
+and rounding part never share an axis.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from anchor_context.rope.report import Measurements, max_of, mean_of
+
+COLOURS = {
+    "float32": "#0072b2",
+    "bfloat16": "#d55e00",
+    "bfloat16, rotated in float32": "#e69f00",
+    "float16": "#009e73",
+    "float16, rotated in float32": "#56b4e9",
+}
+MARKERS = dict(zip(COLOURS, "os^Dv", strict=True))
+QUANTITIES = {
+    "logit": "sum of |logit change| over a query's tokens",
+    "weight": "sum of |weight change| over a query's tokens",
+}
+
+
+def draw_all(found: Measurements, folder: Path) -> list[str]:
+    """Draw every picture into the folder; return their file names."""
+    pictures = {
+        "change_by_length.png": by_length,
+        "change_by_shift.png": by_shift,
+        "change_by_token.png": by_token,
+        "change_by_pattern.png": by_pattern,
+        "change_by_step.png": by_step,
+        "change_by_head.png": by_head,
+    }
+    for name, draw in pictures.items():
+        draw(found).savefig(folder / name, dpi=120)
+    return list(pictures)
+
+
+def by_length(found: Measurements) -> Figure:
+    shift = max(found.values("shift"))
+    return _over(
+        found, "length", "row length S (tokens)", {"shift": shift}, f"shift {shift:,} positions"
+    )
+
+
+def by_shift(found: Measurements) -> Figure:
+    length = max(found.values("length"))
+    return _over(
+        found,
+        "shift",
+        "shift of all positions (tokens)",
+        {"length": length},
+        f"row of {length:,} tokens",
+    )
+
+
+def _over(found: Measurements, column: str, label: str, fixed: dict, said: str) -> Figure:
+    pattern = found.values("pattern")[0]
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(f"Rounding part of the change: pattern {pattern}, {said}")
+    x = [value for value in found.values(column) if value > 0]  # a logarithmic axis has no 0
+    for axes, (quantity, title) in zip(figure.subplots(1, 2), QUANTITIES.items(), strict=True):
+        for arithmetic in found.values("arithmetic"):
+            y = [
+                mean_of(
+                    found.changes,
+                    "rounding_sum_per_query",
+                    arithmetic=arithmetic,
+                    quantity=quantity,
+                    pattern=pattern,
+                    **{column: value},
+                    **fixed,
+                )
+                for value in x
+            ]
+            _line(axes, x, y, arithmetic)
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=title)
+        _powers_of_two(axes, x)
+        axes.grid(alpha=0.3)
+    _legend_below(figure)
+    return figure
+
+
+def by_token(found: Measurements) -> Figure:
+    """By distance from the first token, and the first token's share, over row lengths."""
+    pattern, shift = found.values("pattern")[0], max(found.values("shift"))
+    lengths = found.values("length")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(
+        f"Rounding part by token: pattern {pattern}, shift {shift:,} positions "
+        f"(left: row of {max(lengths):,} tokens)"
+    )
+    left, right = figure.subplots(1, 2)
+    for arithmetic in found.values("arithmetic"):
+        rows = [
+            row
+            for row in found.tokens
+            if row["arithmetic"] == arithmetic
+            and row["pattern"] == pattern
+            and row["quantity"] == "weight"
+        ]
+        starts = sorted({row["distance_from"] for row in rows})
+        means = [mean_of(rows, "rounding_mean", distance_from=start) for start in starts]
+        _line(left, starts, means, arithmetic)
+        share = [
+            mean_of(
+                found.changes,
+                "first_share_over_average",
+                arithmetic=arithmetic,
+                pattern=pattern,
+                quantity="weight",
+                shift=shift,
+                length=length,
+            )
+            for length in lengths
+        ]
+        _line(right, lengths, share, arithmetic)
+    left.set_xscale("symlog", linthresh=1, base=2)
+    left.set(
+        yscale="log",
+        xlabel="distance from the first token (tokens; 0 is the first token)",
+        ylabel="mean |weight change| of a token",
+    )
+    right.set(
+        xscale="log",
+        xlabel="row length S (tokens)",
+        ylabel="first token's share of the weights' change\n(multiple of an average token's)",
+        ylim=(0, None),
+    )
+    _powers_of_two(right, lengths)
+    right.axhline(1, color="grey", linestyle=":", linewidth=1)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    _legend_below(figure)
+    return figure
+
+
+def by_pattern(found: Measurements) -> Figure:
+    """What each pattern removes and what it does not, the two parts apart."""
+    length, shift = max(found.values("length")), max(found.values("shift"))
+    here = [r for r in found.changes if r["length"] == length and r["shift"] == shift]
+    logits = [row for row in here if row["quantity"] == "logit"]
+    patterns, arithmetics = found.values("pattern"), found.values("arithmetic")
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure.suptitle(f"By pattern: row of {length:,} tokens, shift {shift:,} positions")
+    (all_tokens, first_token), (first_key, exact) = figure.subplots(2, 2)
+
+    width = 0.8 / len(arithmetics)
+    for axes, column, reduce in (
+        (all_tokens, "rounding_sum_per_query", mean_of),
+        (first_token, "first_rounding_mean", mean_of),
+        (first_key, "first_key_error", max_of),
+    ):
+        smallest = min(row[column] for row in logits if row[column] > 0)
+        for number, arithmetic in enumerate(arithmetics):
+            offset = (number - (len(arithmetics) - 1) / 2) * width
+            heights = [reduce(logits, column, arithmetic=arithmetic, pattern=p) for p in patterns]
+            at = [place + offset for place in range(len(patterns))]
+            axes.bar(at, heights, width, color=COLOURS[arithmetic], label=arithmetic)
+            for x, height in zip(at, heights, strict=True):
+                if height == 0:
+                    axes.annotate("0", (x, smallest / 8), ha="center", va="bottom", fontsize=8)
+        if (
+            column == "first_key_error"
+        ):  # zero has a place on this axis, and the rest is logarithmic
+            axes.set_yscale("symlog", linthresh=smallest)
+        else:
+            axes.set_yscale("log")
+    floor = 1e-17
+    heights = [
+        max(mean_of(logits, "first_exact_mean", arithmetic=arithmetics[0], pattern=p), floor)
+        for p in patterns
+    ]
+    exact.bar(range(len(patterns)), heights, 0.6, color="#666666")
+    exact.axhline(1e-10, color="black", linestyle=":", linewidth=1)
+    exact.annotate("1e-10", (-0.4, 1e-10), va="bottom", fontsize=8)
+    exact.set(yscale="log", ylim=(floor, max(10, 10 * max(heights))))
+
+    all_tokens.set(title="rounding part: all tokens", ylabel=QUANTITIES["logit"])
+    first_token.set(title="rounding part: the first token's logit", ylabel="mean |logit change|")
+    first_key.set(
+        title="rounding part: the first token's rotated key", ylabel="largest error of an element"
+    )
+    exact.set(title="exact part (float64): the first token's logit", ylabel="mean |logit change|")
+    for axes in figure.axes:
+        axes.set_xticks(range(len(patterns)), patterns)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_xlabel("attention pattern")
+    _legend_below(figure)
+    return figure
+
+
+def by_step(found: Measurements) -> Figure:
+    """Where it arises: every step rounded alone, over row lengths, for each type."""
+    lengths, shift = found.values("length"), max(found.values("shift"))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in found.steps))
+    steps = list(dict.fromkeys(row["step"] for row in found.steps))
+    figure = Figure(figsize=(4.6 * len(dtypes), 4.8), layout="constrained")
+    figure.suptitle(f"Rounding part by step: plain causal attention, shift {shift:,} positions")
+    all_axes = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
+    lines = [*((step, "alone") for step in steps), (steps[-1], "up to here")]
+    for axes, dtype in zip(all_axes, dtypes, strict=True):
+        for number, (step, how) in enumerate(lines):
+            where = {"dtype": dtype, "step": step, "rounded": how, "quantity": "logit"}
+            y = [
+                mean_of(found.steps, "rounding_mean", length=length, **where) for length in lengths
+            ]
+            together = how == "up to here"
+            axes.plot(
+                lengths,
+                y,
+                marker="osD^vx"[number],
+                color="black" if together else f"C{number}",
+                linestyle="--" if together else "-",
+                label="all together" if together else f"{step} alone",
+            )
+        axes.set(title=dtype, xscale="log", yscale="log", xlabel="row length S (tokens)")
+        _powers_of_two(axes, lengths)
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("mean |logit change| of a pair")
+    _legend_below(figure)
+    return figure
+
+
+def by_head(found: Measurements) -> Figure:
+    """The weights' rounding part by layer and head, in the least exact arithmetic of the model's own."""
+    length, shift = max(found.values("length")), max(found.values("shift"))
+    arithmetic = next(
+        a for a in ("bfloat16", "float16", "float32") if a in found.values("arithmetic")
+    )
+    pattern = found.values("pattern")[0]
+    where = {"arithmetic": arithmetic, "pattern": pattern, "quantity": "weight"}
+    layers, heads = found.values("layer"), sorted(found.values("head"))
+    rows = [row for row in found.changes if row["length"] == length and row["shift"] == shift]
+    values = [
+        [mean_of(rows, "rounding_sum_per_query", layer=layer, head=head, **where) for head in heads]
+        for layer in layers
+    ]
+    figure = Figure(figsize=(7.5, max(4.4, 1.6 + 0.28 * len(layers))), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, aspect="auto", cmap="viridis", origin="lower")
+    axes.set(
+        title=f"Rounding part by layer and head: {arithmetic}, {pattern},\n"
+        f"row of {length:,} tokens, shift {shift:,} positions",
+        xlabel="head",
+        ylabel="layer",
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, label=QUANTITIES["weight"])
+    return figure
+
+
+def _line(axes: Axes, x: list, y: list, arithmetic: str) -> None:
+    axes.plot(x, y, marker=MARKERS[arithmetic], color=COLOURS[arithmetic], label=arithmetic)
+
+
+def _powers_of_two(axes: Axes, values: list[int]) -> None:
+    """Ticks at the measured values, thinned to at most eight."""
+    shown = values[:: -(-len(values) // 8)]
+    axes.set_xticks(shown, [_short(value) for value in shown], minor=False)
+    axes.set_xticks([], minor=True)
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
+def _legend_below(figure: Figure) -> None:
+    """One legend for all axes, outside of them, so that it covers nothing."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
