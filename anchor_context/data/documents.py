@@ -150,7 +150,7 @@ class DocumentReader:
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         if len(texts) == 1 and len(texts[0]) > WINDOW:
             return [encode_long(self.tokenizer, texts[0], window=WINDOW, overlap=OVERLAP)]
-        return [np.asarray(ids, np.int32) for ids in _call(self.tokenizer, texts)["input_ids"]]
+        return [np.asarray(ids, np.int32) for ids in token_ids(self.tokenizer, texts)]
 
     # -- tokenized -----------------------------------------------------------------------------------
 
@@ -273,15 +273,20 @@ def _batches(good: list) -> Iterator[list]:
         yield batch
 
 
-def _call(tokenizer, texts: list[str], **options) -> dict:
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-        **options,
-    )
+def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The texts' token ids, nothing added, nothing cut off.
+
+    As `tokenizer(texts, add_special_tokens=False)["input_ids"]`; with a fast tokenizer straight from its
+    backend, without the offsets and masks that nobody here reads: two thirds of the time.
+    """
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def encode_long(tokenizer, text: str, *, window: int, overlap: int) -> np.ndarray:
@@ -292,8 +297,8 @@ def encode_long(tokenizer, text: str, *, window: int, overlap: int) -> np.ndarra
     on where the window began or ends. Where they never agree (a run of digits as long as the overlap),
     and for tokenizers without offsets, the whole text goes through at once.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        return np.asarray(_call(tokenizer, [text])["input_ids"][0], np.int32)
+    if not tokenizer.is_fast:
+        return np.asarray(token_ids(tokenizer, [text])[0], np.int32)
     parts, start, keep_from = [], 0, 0
     ids, begins = _encode_window(tokenizer, text, 0, window)
     while start + window < len(text):
@@ -306,7 +311,7 @@ def encode_long(tokenizer, text: str, *, window: int, overlap: int) -> np.ndarra
             begins[here], next_begins[there]
         )
         if not agree or here.start == here.stop:
-            return np.asarray(_call(tokenizer, [text])["input_ids"][0], np.int32)
+            return np.asarray(token_ids(tokenizer, [text])[0], np.int32)
         parts.append(ids[keep_from : here.start])
         start, ids, begins, keep_from = next_start, next_ids, next_begins, there.start
     parts.append(ids[keep_from:])
@@ -315,6 +320,11 @@ def encode_long(tokenizer, text: str, *, window: int, overlap: int) -> np.ndarra
 
 def _encode_window(tokenizer, text: str, start: int, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids of `text[start : start + window]`, and where each token begins in `text`, in characters."""
-    encoded = _call(tokenizer, [text[start : start + window]], return_offsets_mapping=True)
-    offsets = np.asarray(encoded["offset_mapping"][0], np.int64).reshape(-1, 2)
-    return np.asarray(encoded["input_ids"][0], np.int32), offsets[:, 0] + start
+    encoded = tokenizer(
+        text[start : start + window],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    begins = np.array([begin for begin, _ in encoded["offset_mapping"]], np.int64)
+    return np.asarray(encoded["input_ids"], np.int32), begins + start

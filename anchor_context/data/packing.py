@@ -192,7 +192,7 @@ def prepare_rows(
                     else ""
                 )
             )
-        _lay_rows(store, work / "rows", target, options, tokenizer, anchor_id, fingerprint)
+        lay_rows(store, work / "rows", target, options, tokenizer, anchor_id, fingerprint)
         shutil.rmtree(work)
         return open_rows(target)
 
@@ -241,7 +241,7 @@ def _open_given(path: Path, options: Options, tokenizer) -> PreparedRows:
     return prepared
 
 
-def _lay_rows(
+def lay_rows(
     store: TokenStore,
     unfinished: Path,
     target: Path,
