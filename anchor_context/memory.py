@@ -94,6 +94,12 @@ def choose_memory_plan(
             checkpointing, checkpointing_reason = "offload", f"{tokens}, {OFFLOAD_FROM:,} or more"
         else:
             checkpointing, checkpointing_reason = "full", f"{tokens}, {start:,} or more"
+    elif checkpointing == "offload" and not on_cuda:
+        # transformers would ask for pinned memory, which PyTorch has only beside an accelerator.
+        checkpointing = "full"
+        checkpointing_reason = (
+            f"offload asked for; on the {device.type} there is nowhere else to keep them"
+        )
 
     tile, tile_reason = tiled_mlp == "yes", "--tiled_mlp"
     if tiled_mlp == "auto":

@@ -1,0 +1,246 @@
+"""Checkpointing and tiled MLPs compute what they replace; `auto` follows device and row length."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from anchor_context import memory
+from anchor_context.attention.patterns import make_layout
+from anchor_context.engine import make_engine
+from anchor_context.loss import CausalLMWithLoss
+from anchor_context.memory import MemoryPlan, apply_memory_plan, choose_memory_plan, tile_mlps
+from anchor_context.models import set_attention
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NOTHING = MemoryPlan("none", "", False, "", False, "")
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+TOKENS = 96
+
+
+def model_and_batch(family: str = "llama", *, tied: bool = False):
+    torch.manual_seed(0)
+    make_config, make_model = FAMILIES[family]
+    config = make_config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=40,
+        tie_word_embeddings=tied,
+    )
+    model = make_model(config).train()
+    set_attention(model, make_engine("flash", device=CPU, dtype=torch.float32).attend)
+    layout = make_layout(
+        np.array([0, 17, TOKENS]),
+        batch_size=2,
+        row_length=TOKENS,
+        pattern="intra_doc",
+        anchor_placement="none",
+    )
+    tokens = torch.randint(40, (2, TOKENS))
+    batch = {
+        "input_ids": tokens,
+        "labels": tokens.roll(-1, 1),
+        "position_ids": layout.position_ids,
+        "layout": layout,
+    }
+    return model, batch
+
+
+def loss_and_gradients(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """After a scaling of the loss, as training does it, and of two micro-batches added up."""
+    model.zero_grad()
+    for scale in (0.37, 0.11):
+        loss_sum, _ = CausalLMWithLoss(model, fused=False)(**batch)
+        (loss_sum * scale).backward()
+    return loss_sum.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def relative_error(got: dict, want: dict) -> float:
+    assert got.keys() == want.keys()
+    return max(((got[k] - want[k]).norm() / want[k].norm()).item() for k in want)
+
+
+PLANS = {
+    "full": replace(NOTHING, gradient_checkpointing="full"),
+    "tiled": replace(NOTHING, tiled_mlp=True),
+    "tiled and full": replace(NOTHING, gradient_checkpointing="full", tiled_mlp=True),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_changes_no_loss_and_no_gradient(name, tied, monkeypatch):
+    monkeypatch.setattr(memory, "TILE_TOKENS", 40)  # 192 tokens: 5 tiles, the last one short
+    plain, batch = model_and_batch(tied=tied)
+    planned, _ = model_and_batch(tied=tied)
+    apply_memory_plan(planned, PLANS[name])
+    loss, gradients = loss_and_gradients(plain, batch)
+    planned_loss, planned_gradients = loss_and_gradients(planned, batch)
+    assert planned_loss == pytest.approx(loss, rel=1e-6)
+    assert relative_error(planned_gradients, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_s_mlps_are_tiled_and_restored(family, monkeypatch):
+    monkeypatch.setattr(memory, "TILE_TOKENS", 50)
+    model, batch = model_and_batch(family)
+    rows = []
+    model.model.layers[1].mlp.up_proj.register_forward_hook(
+        lambda module, args, out: rows.append(out.shape[:-1].numel())
+    )
+    loss, gradients = loss_and_gradients(model, batch)
+    assert set(rows) == {2 * TOKENS}
+
+    rows.clear()
+    undo = tile_mlps(model)
+    tiled_loss, tiled_gradients = loss_and_gradients(model, batch)
+    assert tiled_loss == pytest.approx(loss, rel=1e-6)
+    assert relative_error(tiled_gradients, gradients) < 1e-5
+    assert max(rows) == 48 and sum(rows) == 2 * 2 * 2 * TOKENS  # forward and again in backward
+
+    rows.clear()
+    undo()
+    assert loss_and_gradients(model, batch)[0] == loss
+    assert set(rows) == {2 * TOKENS}
+
+
+def test_one_instance_is_tiled_and_no_other(monkeypatch):
+    monkeypatch.setattr(memory, "TILE_TOKENS", 50)
+    first, _ = model_and_batch()
+    second, _ = model_and_batch()
+    tile_mlps(first)
+    assert all("forward" in vars(layer.mlp) for layer in first.model.layers)
+    assert not any("forward" in vars(layer.mlp) for layer in second.model.layers)
+
+
+@pytest.mark.parametrize("tokens", range(1, 60))
+def test_the_last_tile_hands_the_gradient_on(tokens, monkeypatch):
+    # DeepSpeed marks a weight's gradient as ready at tile number `shards`, not at the last tile: a count
+    # that torch.chunk does not reach (6 chunks of 10 tokens are 5) would leave it unready for good.
+    monkeypatch.setattr(memory, "TILE_TOKENS", 7)
+    model, _ = model_and_batch()
+    mlp = model.model.layers[0].mlp
+    tile_mlps(model)
+    mlp(torch.randn(1, tokens, 32, requires_grad=True)).sum().backward()
+    assert all(getattr(p, "ds_grad_is_ready", True) for p in mlp.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in mlp.parameters())
+
+
+def test_checkpointing_keeps_one_input_per_layer():
+    """What autograd holds between forward and backward."""
+
+    def saved_bytes(plan: MemoryPlan) -> int:
+        model, batch = model_and_batch()
+        apply_memory_plan(model, plan)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        held = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            # `batch` and the loss hold on to every saved storage, so no address is used twice.
+            loss_sum, _ = CausalLMWithLoss(model, fused=False)(**batch)
+        assert loss_sum.requires_grad
+        return sum(held.values())
+
+    assert saved_bytes(PLANS["full"]) < saved_bytes(NOTHING) / 2
+
+
+def test_a_model_without_such_mlps_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40))
+    with pytest.raises(ValueError, match=r"--tiled_mlp.*GPT2LMHeadModel"):
+        tile_mlps(model)
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "expected"),
+    [
+        (CPU, 4_096, ("none", False)),
+        (CPU, 65_536, ("full", False)),
+        (CPU, 1_048_576, ("full", True)),  # what the CPU holds need not be offloaded
+        (CUDA, 4_096, ("none", False)),
+        (CUDA, 8_192, ("full", False)),
+        (CUDA, 131_072, ("full", True)),
+        (CUDA, 262_144, ("offload", True)),
+    ],
+)
+def test_auto_follows_device_and_row_length(device, tokens, expected):
+    plan = choose_memory_plan(device=device, row_tokens_per_rank=tokens)
+    assert (plan.gradient_checkpointing, plan.tiled_mlp) == expected
+    for reason in (plan.gradient_checkpointing_reason, plan.tiled_mlp_reason):
+        assert f"{tokens:,} tokens" in reason and reason in str(plan)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("tiled", ["yes", "no"])
+def test_what_a_flag_says_is_done(checkpointing, tiled):
+    plan = choose_memory_plan(
+        device=CPU,
+        row_tokens_per_rank=16,
+        gradient_checkpointing=checkpointing,
+        tiled_mlp=tiled,
+        liger="no",
+    )
+    assert (plan.gradient_checkpointing, plan.tiled_mlp) == (checkpointing, tiled == "yes")
+    assert (plan.liger, plan.liger_reason) == (False, "--liger")
+    assert plan.tiled_mlp_reason == "--tiled_mlp"
+    assert plan.gradient_checkpointing_reason == "--gradient_checkpointing"
+
+
+def test_offload_on_the_cpu_is_full_and_says_so():
+    asked = {"row_tokens_per_rank": 16, "gradient_checkpointing": "offload"}
+    assert choose_memory_plan(device=CUDA, **asked).gradient_checkpointing == "offload"
+    plan = choose_memory_plan(device=CPU, **asked)
+    assert plan.gradient_checkpointing == "full"
+    assert "offload asked for" in plan.gradient_checkpointing_reason
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_liger_runs_where_it_can(installed, monkeypatch):
+    monkeypatch.setattr(memory, "liger_available", lambda device: installed)
+    on_gpu = choose_memory_plan(device=CUDA, row_tokens_per_rank=16)
+    assert on_gpu.liger is installed
+    assert ("installed" if installed else "pip install liger-kernel") in on_gpu.liger_reason
+    on_cpu = choose_memory_plan(device=CPU, row_tokens_per_rank=16)
+    assert not on_cpu.liger and "cpu" in on_cpu.liger_reason
+    with pytest.raises(ValueError, match="--liger yes"):
+        choose_memory_plan(device=CPU, row_tokens_per_rank=16, liger="yes")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("gradient_checkpointing", "some"), ("tiled_mlp", "on"), ("liger", "cpu")]
+)
+def test_an_unknown_value_names_the_choices(flag, value):
+    with pytest.raises(ValueError, match=rf"--{flag} {value}.*auto"):
+        choose_memory_plan(device=CPU, row_tokens_per_rank=16, **{flag: value})
