@@ -242,7 +242,7 @@ def test_same_ranks_continue_bit_for_bit(two_ranks, tmp_path):
         assert torch.equal(result["weights"][name], weight), name
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_ranks_continue_the_same_run(two_ranks, tmp_path, ranks):
     expected = two_ranks[1]
     result = launch(ranks, resumed, copy_run(two_ranks, tmp_path))
