@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +29,6 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from anchor_context.util import setup_debugpy
 from termcolor import colored
 from tqdm import tqdm
 from transformers import (
@@ -41,17 +42,30 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from anchor_context.agreement import EXIT_TRY_AGAIN, PreemptionGuard, on_one_rank
 from anchor_context.attention.patterns import check_pattern
+from anchor_context.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from anchor_context.data.loader import make_loader
 from anchor_context.data.packing import PreparedRows, prepare_rows
-from anchor_context.engine import default_anchor_placement, make_engine
-from anchor_context.loss import CausalLMWithLoss, check_head, liger_available
-from anchor_context.metrics import MetricsFile, ModelWork, peak_flops, peak_memory_bytes, plot_loss
+from anchor_context.engine import Engine, default_anchor_placement, make_engine
+from anchor_context.loss import CausalLMWithLoss, check_head
+from anchor_context.memory import MemoryPlan, apply_memory_plan, choose_memory_plan
+from anchor_context.metrics import (
+    MetricsFile,
+    ModelWork,
+    StepProfiler,
+    parse_profile_steps,
+    peak_flops,
+    peak_memory_bytes,
+    plot_loss,
+)
 from anchor_context.models import check_scores, set_attention
 from anchor_context.parallel.groups import RankGrid, make_grid, make_groups
 from anchor_context.parallel.shard import check_row_length, shard_batch
 from anchor_context.parallel.ulysses import check_heads
+from anchor_context.rope.float32 import rotate_in_float32
 from anchor_context.rope.scaling import apply_rope_settings
+from anchor_context.util import setup_debugpy
 
 # --------------------------------------------------------------------------------------------------
 # Flags. Dashes and underscores are the same: --seq-length and --seq_length.
@@ -84,13 +98,33 @@ class Flags:
 
     # Data
     dataset: str = field(
-        default="", metadata={"help": "files, globs or folders of JSON lines, separated by commas"}
+        default="", metadata={"help": "files, globs, folders or hub names, separated by commas"}
     )
     data_format: Literal["raw_json", "tokenized"] = field(
-        default="raw_json",
-        metadata={"help": '{"text": …} lines, or pre-tokenised rows with document ends'},
+        default="raw_json", metadata={"help": '{"text": …} lines, or pre-tokenised rows'}
     )
     seq_length: int = field(default=65536, metadata={"help": "tokens per row"})
+    packing: Literal["concat", "best_fit"] = field(
+        default="concat",
+        metadata={"help": "fill rows in order, or cut only documents that must be"},
+    )
+    upsample_long: str | None = field(
+        default=None, metadata={"help": "FACTOR@TOKENS: more of the long documents of each source"}
+    )
+    mixture: str | None = field(
+        default=None, metadata={"help": "source=weight,…: shares of tokens"}
+    )
+    interleave_chunks: bool = field(
+        default=False, metadata={"help": "shuffle the chunks of a row's documents (flex engine)"}
+    )
+    domain_tag: bool = field(
+        default=False, metadata={"help": "the source's name as text before every document"}
+    )
+    text_column: str = field(default="text", metadata={"help": "the column of the text"})
+    source_column: str | None = field(
+        default=None, metadata={"help": "the column of the source's name"}
+    )
+    num_proc: int = field(default=1, metadata={"help": "processes that tokenise"})
     skip_bad_documents: bool = field(
         default=False, metadata={"help": "skip and count faulty documents"}
     )
@@ -140,9 +174,18 @@ class Flags:
     mixed_precision: Literal["no", "bf16"] = field(
         default="bf16", metadata={"help": "no: float32 throughout"}
     )
-    gradient_checkpointing: Literal["none", "full", "offload"] = field(
-        default="none",
-        metadata={"help": "recompute layers in backward; offload keeps their inputs in CPU memory"},
+    rope_precision: Literal["model", "float32"] = field(
+        default="model", metadata={"help": "float32: rotate in float32 and round once"}
+    )
+    gradient_checkpointing: Literal["auto", "none", "full", "offload"] = field(
+        default="auto",
+        metadata={"help": "recompute layers in backward; offload: keep their inputs in CPU memory"},
+    )
+    tiled_mlp: Literal["auto", "yes", "no"] = field(
+        default="auto", metadata={"help": "compute MLPs a few thousand tokens at a time"}
+    )
+    liger: Literal["auto", "yes", "no"] = field(
+        default="auto", metadata={"help": "Liger's RMSNorm, RoPE, SwiGLU and loss, on CUDA"}
     )
     seed: int = field(default=42, metadata={"help": "of the row order and of everything random"})
 
@@ -157,13 +200,20 @@ class Flags:
     save_per_hours: float | None = field(
         default=None, metadata={"help": "hours between checkpoints to resume from"}
     )
+    keep_checkpoints: int = field(default=2, metadata={"help": "checkpoints to keep"})
     saving_interval: int | None = field(
         default=None, metadata={"help": "steps between models to use"}
     )
     min_steps_for_save: int = field(
         default=0, metadata={"help": "no model to use before this step"}
     )
+    max_bad_steps: int = field(
+        default=10, metadata={"help": "stop after so many steps in a row without a finite gradient"}
+    )
     logging_steps: int = field(default=1, metadata={"help": "steps between lines of the log"})
+    profile_steps: str | None = field(
+        default=None, metadata={"help": "A:B, write a torch profiler trace of these steps"}
+    )
     wandb: str | None = field(
         default=None, metadata={"help": "log to this Weights & Biases project"}
     )
@@ -256,6 +306,15 @@ def main(flags: Flags) -> None:
         anchor_placement=placement,
         cache_dir=Path(flags.cache_dir).expanduser(),
         skip_bad_documents=flags.skip_bad_documents,
+        text_column=flags.text_column,
+        source_column=flags.source_column,
+        strategy=flags.packing,
+        upsample_long=flags.upsample_long,
+        mixture=flags.mixture,
+        interleave_chunks=flags.interleave_chunks,
+        domain_tag=flags.domain_tag,
+        seed=flags.seed,
+        num_proc=flags.num_proc,
     )
     rows_per_step = flags.batch_size * flags.gradient_accumulate_every * grid.data_degree
     max_steps = flags.max_train_steps or -(-len(prepared) // rows_per_step)
@@ -271,8 +330,16 @@ def main(flags: Flags) -> None:
         trust_remote_code=flags.trust_remote_code,
     )
     set_attention(model, engine.attend)
-    if flags.gradient_checkpointing != "none":
-        model.activation_checkpointing_enable(offload=flags.gradient_checkpointing == "offload")
+    memory = choose_memory_plan(
+        device=device,
+        row_tokens_per_rank=flags.batch_size * flags.seq_length // grid.sequence_degree,
+        gradient_checkpointing=flags.gradient_checkpointing,
+        tiled_mlp=flags.tiled_mlp,
+        liger=flags.liger,
+    )
+    apply_memory_plan(model, memory)
+    if flags.rope_precision == "float32":
+        rotate_in_float32(model)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     work = ModelWork.of(config, parameters=parameters)
     model.train()
@@ -291,14 +358,22 @@ def main(flags: Flags) -> None:
         num_warmup_steps=flags.warmup_steps,
         num_training_steps=max_steps,
     )
-    model = CausalLMWithLoss(model, fused=liger_available(device))
+    model = CausalLMWithLoss(model, fused=memory.liger)
     model, optimizer = accelerator.prepare(model, optimizer)
     check_rotary_precision(model)
 
     # ----------------------------------------------------------------------------------------------
-    # Resume.
+    # Resume: the checkpoint restores weights, optimiser and random states, and returns our own counts.
 
-    step, tokens_seen = 0, 0
+    checkpoint = on_one_rank(accelerator, partial(find_checkpoint, output, flags.resume))
+    step = rows = tokens_seen = bad_steps = 0
+    if checkpoint is not None:
+        state = load_checkpoint(accelerator, checkpoint)
+        step, rows, tokens_seen = state["steps"], state["rows"], state["tokens_seen"]
+        bad_steps = state["bad_steps"]
+        scheduler.load_state_dict(state["schedule"])
+    if not flags.max_train_steps:
+        max_steps = step + max(0, -(-(len(prepared) - rows) // rows_per_step))
 
     # ----------------------------------------------------------------------------------------------
     # The record of the run.
@@ -306,9 +381,16 @@ def main(flags: Flags) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        record_run(output, flags, engine=engine, prepared=prepared, placement=placement)
+        record_run(
+            output, flags, engine=engine, memory=memory, prepared=prepared, placement=placement
+        )
         metrics = MetricsFile(output / "metrics.jsonl", keep_steps=step)
-        describe_run(flags, engine, prepared, parameters, max_steps, rows_per_step)
+        describe_run(flags, engine, memory, prepared, parameters, max_steps, rows_per_step)
+        if checkpoint is not None:
+            print(
+                colored(f"resumed  {checkpoint}: {step} steps, {rows} rows done", "green"),
+                flush=True,
+            )
     if trackers:
         accelerator.init_trackers(flags.wandb or "anchor_context", config=asdict(flags))
 
@@ -324,13 +406,13 @@ def main(flags: Flags) -> None:
         accumulation=flags.gradient_accumulate_every,
         data_rank=grid.data_rank,
         data_degree=grid.data_degree,
-        first_row=step * rows_per_step,
+        first_row=rows,
         total_rows=one_epoch,
         transform=partial(shard_batch, grid=grid),
         pin_memory=device.type == "cuda",
     )
-    batches = iter(loader)
     peak = peak_flops(device)
+    profiler = StepProfiler(flags.profile_steps, output / "profile", rank=rank)
     progress = tqdm(
         total=max_steps,
         initial=step,
@@ -340,80 +422,119 @@ def main(flags: Flags) -> None:
     )
     unlogged: list[dict] = []  # steps whose tensors nobody has waited for yet
     window_start, data_wait = time.perf_counter(), 0.0
+    last_checkpoint_time = time.monotonic()
+    bad_in_a_row = 0
+    stopped = False
 
-    while step < max_steps:
-        step_loss = torch.zeros((), dtype=torch.float64, device=device)
-        for _ in range(flags.gradient_accumulate_every):
-            waiting_since = time.perf_counter()
-            batch = next(batches)
-            data_wait += time.perf_counter() - waiting_since
-            inputs = {
-                k: batch[k].to(device, non_blocking=True)
-                for k in ("input_ids", "position_ids", "labels")
-            }
-            with accelerator.accumulate(model):
-                loss_sum, _ = model(**inputs, layout=batch["layout"].to(device, non_blocking=True))
-                accelerator.backward(
-                    loss_sum * (world_size / batch["step_targets"]), scale_wrt_gas=False
-                )
-            step_loss += loss_sum.detach()
-        learning_rate = scheduler.get_last_lr()[0]
-        scheduler.step()
-        step += 1
-        tokens_seen += batch["step_tokens"]
-        unlogged.append(
-            {
-                "step": step,
-                "loss": step_loss,
-                "learning_rate": learning_rate,
-                "grad_norm": model.get_global_grad_norm(),
-                "target_tokens": batch["step_targets"],
-                "tokens_seen": tokens_seen,
-                "tokens": batch["step_tokens"],
-                "pairs": batch["step_pairs"],
-            }
-        )
-        progress.update()
-
-        if step % flags.logging_steps == 0 or step == max_steps:
-            # The only wait for the device in the loop.
-            losses = accelerator.reduce(torch.stack([s["loss"] for s in unlogged]), "sum").tolist()
-            now = time.perf_counter()
-            step_seconds = (now - window_start) / len(unlogged)
-            wait_share = data_wait / (now - window_start)
-            window_start, data_wait = now, 0.0
-            for entry, loss in zip(unlogged, losses, strict=True):
-                tokens, pairs = entry.pop("tokens"), entry.pop("pairs")
-                rows_pairs = rows_per_step * flags.seq_length * (flags.seq_length + 1) // 2
-                record = entry | {
-                    "loss": loss / entry["target_tokens"],
-                    "grad_norm": float(entry["grad_norm"]),
-                    "step_seconds": step_seconds,
-                    "tokens_per_second": tokens / step_seconds,
-                    "peak_memory_bytes": peak_memory_bytes(device),
-                    "mfu": None,
-                    "mfu_if_full_causal": None,
-                    "data_wait_share": wait_share,
+    with PreemptionGuard() as guard:
+        batches = iter(loader)
+        while step < max_steps and not stopped:
+            profiler.before(step + 1)
+            step_loss = torch.zeros((), dtype=torch.float64, device=device)
+            for _ in range(flags.gradient_accumulate_every):
+                waiting_since = time.perf_counter()
+                batch = next(batches)
+                data_wait += time.perf_counter() - waiting_since
+                inputs = {
+                    key: batch[key].to(device, non_blocking=True)
+                    for key in ("input_ids", "position_ids", "labels", "layout")
                 }
-                if peak is not None:
-                    available = peak * world_size * step_seconds
-                    record["mfu"] = work.flops(tokens=tokens, pairs=pairs) / available
-                    record["mfu_if_full_causal"] = (
-                        work.flops(tokens=tokens, pairs=rows_pairs) / available
+                with accelerator.accumulate(model):
+                    loss_sum, _ = model(**inputs)
+                    # At the step's last micro-batch this also reduces, clips and updates.
+                    accelerator.backward(
+                        loss_sum * (world_size / max(1, batch["step_targets"])), scale_wrt_gas=False
                     )
+                step_loss += loss_sum.detach()
+            learning_rate = scheduler.get_last_lr()[0]
+            scheduler.step()
+            step += 1
+            rows += rows_per_step
+            tokens_seen += batch["step_tokens"]
+            profiler.after(step, final=step == max_steps)
+            unlogged.append(
+                {
+                    "step": step,
+                    "loss": step_loss,
+                    "learning_rate": learning_rate,
+                    "grad_norm": model.get_global_grad_norm(),
+                    "target_tokens": batch["step_targets"],
+                    "tokens_seen": tokens_seen,
+                    "tokens": batch["step_tokens"],
+                    "pairs": batch["step_pairs"],
+                    "comm_bytes": engine.account.take(),
+                }
+            )
+            progress.update()
+
+            # DeepSpeed computes the norm over all ranks, and updates nothing where it is not finite.
+            bad_in_a_row = bad_in_a_row + 1 if optimizer.step_was_skipped else 0
+            if bad_in_a_row:
+                bad_steps += 1
                 if accelerator.is_main_process:
-                    metrics.append(record)
-                accelerator.log(
-                    {k: v for k, v in record.items() if v is not None}, step=entry["step"]
+                    record_bad_step(output, step, batch["step_rows"])
+            too_bad = bad_in_a_row >= flags.max_bad_steps
+
+            stopped = guard.requested() or too_bad
+            hours = (time.monotonic() - last_checkpoint_time) / 3600
+            checkpoint_due = not too_bad and (
+                stopped
+                or (flags.checkpoint_every is not None and step % flags.checkpoint_every == 0)
+                or (
+                    flags.save_per_hours is not None
+                    and guard.main_decides(hours >= flags.save_per_hours)
                 )
-            unlogged.clear()
-            progress.set_postfix_str(
-                f"loss {record['loss']:.4f}, lr {learning_rate:.2e}, "
-                f"{record['tokens_per_second']:,.0f} tokens/s, data wait {wait_share:.0%}"
             )
 
-        if save_model_now(flags, step, max_steps):
-            save_model(accelerator, model, tokenizer, output / f"step-{step}")
+            if step % flags.logging_steps == 0 or step == max_steps or stopped or checkpoint_due:
+                # The only wait for the device in the loop.
+                losses = accelerator.reduce(
+                    torch.stack([s["loss"] for s in unlogged]), "sum"
+                ).tolist()
+                now = time.perf_counter()
+                step_seconds = (now - window_start) / len(unlogged)
+                wait_share = data_wait / (now - window_start)
+                window_start, data_wait = now, 0.0
+                for entry, loss in zip(unlogged, losses, strict=True):
+                    record = finish_record(
+                        entry,
+                        loss=loss,
+                        step_seconds=step_seconds,
+                        data_wait_share=wait_share,
+                        work=work,
+                        full_pairs=rows_per_step * flags.seq_length * (flags.seq_length + 1) // 2,
+                        peak=None if peak is None else peak * world_size,
+                        device=device,
+                    )
+                    if accelerator.is_main_process:
+                        metrics.append(record)
+                    numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+                    accelerator.log(numbers, step=record["step"])
+                unlogged.clear()
+                progress.set_postfix_str(describe_step(record))
+
+            if checkpoint_due:
+                state = {
+                    "tokens_seen": tokens_seen,
+                    "bad_steps": bad_steps,
+                    "schedule": schedule_state(scheduler),
+                }
+                saved = save_checkpoint(
+                    accelerator,
+                    output,
+                    steps=step,
+                    rows=rows,
+                    state=state,
+                    keep=flags.keep_checkpoints,
+                )
+                checkpoint = saved or checkpoint
+                last_checkpoint_time = time.monotonic()
+                window_start = time.perf_counter()  # saving is not training
+            if model_is_due(flags, step, max_steps) and not too_bad:
+                save_model(
+                    accelerator, model, tokenizer, output / f"step-{step}", must=step == max_steps
+                )
+                window_start = time.perf_counter()
 
     # ----------------------------------------------------------------------------------------------
     # The end.
@@ -423,6 +544,13 @@ def main(flags: Flags) -> None:
         plot_loss(output / "metrics.jsonl", output / "loss.png")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if bad_in_a_row >= flags.max_bad_steps:
+        raise RuntimeError(
+            f"{bad_in_a_row} steps in a row had no finite gradient (--max_bad_steps); their rows are in "
+            f"{output / 'bad_steps.jsonl'}, the last good checkpoint is {checkpoint or 'none'}"
+        )
+    if stopped and step < max_steps:
+        sys.exit(EXIT_TRY_AGAIN)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -440,7 +568,8 @@ def check_flags(flags: Flags) -> None:
     """Raise `ValueError` for a flag's value, or a combination, that cannot work."""
     if not flags.dataset:
         raise ValueError("--dataset is missing: name files, globs or folders of JSON lines")
-    for name in ("seq_length", "batch_size", "gradient_accumulate_every", "logging_steps"):
+    counts = ("seq_length", "batch_size", "gradient_accumulate_every", "logging_steps", "num_proc")
+    for name in (*counts, "keep_checkpoints", "max_bad_steps"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name} {getattr(flags, name)} must be at least 1")
     if flags.seq_length < 2:
@@ -465,6 +594,12 @@ def check_flags(flags: Flags) -> None:
         )
     if flags.attn_kernel is not None and flags.attn_engine != "flash":
         raise ValueError(f"--attn_kernel {flags.attn_kernel} belongs to --attn_engine flash")
+    if flags.profile_steps is not None:
+        parse_profile_steps(flags.profile_steps)
+    if flags.interleave_chunks and flags.attn_engine == "flash":
+        raise ValueError(
+            "--interleave_chunks needs --attn_engine flex: its documents lie in several pieces"
+        )
     if flags.attn_engine == "flash" and flags.anchor_placement == "shared":
         raise ValueError("--anchor_placement shared needs --attn_engine flex")
 
@@ -548,7 +683,13 @@ def parameter_groups(model: torch.nn.Module, *, weight_decay: float) -> list[dic
 
 
 def record_run(
-    output: Path, flags: Flags, *, engine, prepared: PreparedRows, placement: str
+    output: Path,
+    flags: Flags,
+    *,
+    engine: Engine,
+    memory: MemoryPlan,
+    prepared: PreparedRows,
+    placement: str,
 ) -> None:
     """Write `args.json`: all that one needs to know to repeat the run."""
     packages = ("torch", "transformers", "accelerate", "deepspeed", "yunchang", "datasets")
@@ -561,6 +702,7 @@ def record_run(
         "kernel": engine.kernel,
         "kernel_reason": engine.reason,
         "layout": engine.layout,
+        "memory": asdict(memory),
         "data": prepared.report,
         "versions": {name: metadata.version(name) for name in packages},
         "git_commit": commit.stdout.strip() or None,
@@ -569,13 +711,20 @@ def record_run(
 
 
 def describe_run(
-    flags, engine, prepared: PreparedRows, parameters: int, max_steps: int, rows_per_step: int
+    flags: Flags,
+    engine: Engine,
+    memory: MemoryPlan,
+    prepared: PreparedRows,
+    parameters: int,
+    max_steps: int,
+    rows_per_step: int,
 ) -> None:
     """Print what the run is going to do, in derived numbers."""
     data = prepared.report
     lines = [
         f"model    {flags.model_name_or_path}: {parameters:,} parameters, {flags.mixed_precision} precision",
         f"engine   {engine}",
+        f"memory   {memory}",
         f"pattern  {flags.attention_pattern}, anchors {prepared.anchor_placement}",
         f"data     {data['documents']:,} documents, {data['document_tokens']:,} tokens -> "
         f"{data['rows']:,} rows of {flags.seq_length:,} (+{data['anchors_added']:,} anchors, "
@@ -587,8 +736,66 @@ def describe_run(
     print(colored("\n".join(lines), "green"), flush=True)
 
 
-def save_model_now(flags: Flags, step: int, max_steps: int) -> bool:
-    """Whether a model to use is due: at the interval itself, and at the end."""
+def finish_record(
+    entry: dict,
+    *,
+    loss: float,
+    step_seconds: float,
+    data_wait_share: float,
+    work: ModelWork,
+    full_pairs: int,
+    peak: float | None,
+    device: torch.device,
+) -> dict:
+    """One line of `metrics.jsonl`; a figure that is not finite, or not known, is null.
+
+    Args:
+        loss: the sum over the step's targets on all ranks.
+        full_pairs: the attention pairs of the step's rows if every token saw all before it.
+        peak: bfloat16 operations per second of all GPUs together.
+    """
+    tokens, pairs = entry.pop("tokens"), entry.pop("pairs")
+    mean_loss, norm = loss / max(1, entry["target_tokens"]), float(entry["grad_norm"])
+    mfu = mfu_if_full = None
+    if peak is not None:
+        mfu = work.flops(tokens=tokens, pairs=pairs) / (peak * step_seconds)
+        mfu_if_full = work.flops(tokens=tokens, pairs=full_pairs) / (peak * step_seconds)
+    return entry | {
+        "loss": mean_loss if math.isfinite(mean_loss) else None,
+        "grad_norm": norm if math.isfinite(norm) else None,
+        "step_seconds": step_seconds,
+        "tokens_per_second": tokens / step_seconds,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "mfu": mfu,
+        "mfu_if_full_causal": mfu_if_full,
+        "data_wait_share": data_wait_share,
+    }
+
+
+def describe_step(record: dict) -> str:
+    """What the progress bar shows."""
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+    mfu = "" if record["mfu"] is None else f", MFU {record['mfu']:.1%}"
+    return (
+        f"loss {loss}, lr {record['learning_rate']:.2e}, {record['tokens_per_second']:,.0f} tokens/s{mfu}, "
+        f"{record['peak_memory_bytes'] / 2**30:.1f} GiB, data wait {record['data_wait_share']:.0%}"
+    )
+
+
+def record_bad_step(output: Path, step: int, row_ids: list[int]) -> None:
+    """Append a step that was skipped, because its gradient was not finite, to `bad_steps.jsonl`."""
+    with (output / "bad_steps.jsonl").open("a") as stream:
+        stream.write(json.dumps({"step": step, "rows": row_ids}) + "\n")
+    tqdm.write(colored(f"step {step} skipped: its gradient is not finite", "yellow"))
+
+
+def schedule_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
+    """What the schedule continues from, as JSON; its shape comes from the flags."""
+    return {key: scheduler.state_dict()[key] for key in ("last_epoch", "_step_count", "_last_lr")}
+
+
+def model_is_due(flags: Flags, step: int, max_steps: int) -> bool:
+    """Whether to save a model to use: at the interval itself, and at the end."""
     if step == max_steps:
         return True
     due = flags.saving_interval is not None and step % flags.saving_interval == 0
@@ -600,16 +807,36 @@ def save_model(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    *,
+    must: bool,
 ) -> None:
-    """Write a plain Hugging Face model and tokenizer. Collective: ZeRO-3 gathers the weights."""
+    """Write a plain Hugging Face model and tokenizer. Collective: ZeRO-3 gathers the weights.
+
+    Where the disk refuses, training goes on with a message, unless the model `must` be saved.
+    """
     weights = accelerator.get_state_dict(model)  # None off the main process
-    if accelerator.is_main_process:
+
+    def write() -> None:
         unfinished = folder.with_name(f".unfinished-{folder.name}")
-        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-        accelerator.unwrap_model(model).model.save_pretrained(unfinished, state_dict=weights)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        plain = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        accelerator.unwrap_model(model).model.save_pretrained(unfinished, state_dict=plain)
         tokenizer.save_pretrained(unfinished)
+        if folder.exists():  # from before a resume
+            shutil.rmtree(folder)
         unfinished.rename(folder)
-    accelerator.wait_for_everyone()
+
+    try:
+        on_one_rank(accelerator, write)
+    except OSError as error:
+        if must:
+            raise
+        if accelerator.is_main_process:
+            tqdm.write(
+                colored(
+                    f"the model of {folder.name} was not saved: {error}; training goes on", "red"
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -97,7 +97,9 @@ class PreemptionGuard:
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._writer.close()  # the thread reads the end of the stream
+        # The thread reads the end of the stream. close() would not do: data workers inherited the socket.
+        self._writer.shutdown(socket.SHUT_RDWR)
+        self._writer.close()
         self._thread.join()
         self._reader.close()
 

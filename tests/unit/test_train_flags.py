@@ -173,5 +173,5 @@ def test_rounded_rotary_frequencies_are_caught():
 def test_models_are_saved_at_the_interval_itself():
     """Upstream saved ten, twenty, thirty and forty steps before it, and never at it."""
     flags = replace(GOOD, saving_interval=50, min_steps_for_save=100)
-    due = [step for step in range(1, 231) if train.save_model_now(flags, step, max_steps=230)]
+    due = [step for step in range(1, 231) if train.model_is_due(flags, step, max_steps=230)]
     assert due == [100, 150, 200, 230]
