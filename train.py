@@ -261,7 +261,7 @@ def main(flags: Flags) -> None:
     accelerator = Accelerator(
         mixed_precision=flags.mixed_precision,
         gradient_accumulation_steps=flags.gradient_accumulate_every,
-        log_with=trackers,
+        log_with=trackers or None,
         project_dir=flags.output_dir,
         kwargs_handlers=[
             InitProcessGroupKwargs(
