@@ -27,7 +27,17 @@ LAYOUTS = {  # name -> ranks, ring degree, Ulysses degree, heads, key/value head
     "hybrid 2 x 2, one key/value head": (4, 2, 2, 4, 1),
     "Ulysses 2": (2, 1, 2, 4, 2),
     "Ulysses 4, two key/value heads": (4, 1, 4, 4, 2),
+    "flex, Ulysses 2": (2, 1, 2, 4, 2),
 }
+
+
+def engine_of(name: str) -> str:
+    return "flex" if name.startswith("flex") else "flash"
+
+
+def placement_of(name: str, pattern: tuple[str, str]) -> str:
+    """Flex takes the placement of which only it is capable: one anchor, visible to all ranks' tokens."""
+    return "shared" if engine_of(name) == "flex" and pattern[0] == "anchor" else pattern[1]
 
 
 def full_tensors(rows: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
@@ -45,7 +55,7 @@ def on_ranks(rank: int, world: int) -> dict:
         )
         ring_group, ulysses_group = make_groups(grid, rank=rank, world_size=world)
         engine = make_engine(
-            "flash",
+            engine_of(name),
             device=torch.device("cpu"),
             dtype=torch.float32,
             grid=grid,
@@ -53,6 +63,7 @@ def on_ranks(rank: int, world: int) -> dict:
             ulysses_group=ulysses_group,
         )
         for rows, (pattern, placement) in CASES:
+            placement = placement_of(name, (pattern, placement))
             layout = layout_of(rows, pattern=pattern, placement=placement)
             index = torch.arange(ROW).expand(len(rows), -1)
             whole = {"input_ids": index, "labels": index, "position_ids": index, "layout": layout}
@@ -89,7 +100,7 @@ def expected():
     results = {}
 
     def compute(rows, pattern, placement, heads, kv_heads):
-        key = rows, pattern, heads, kv_heads
+        key = rows, pattern, placement, heads, kv_heads
         if key not in results:
             layout = layout_of(rows, pattern=pattern, placement=placement)
             q, k, v, dout = (x.double() for x in full_tensors(len(rows), heads, kv_heads))
@@ -107,7 +118,7 @@ def expected():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_outputs_and_gradients_equal_the_reference(found, expected, name, rows, pattern):
     ranks, _, _, heads, kv_heads = LAYOUTS[name]
-    truth = expected(rows, *pattern, heads, kv_heads)
+    truth = expected(rows, pattern[0], placement_of(name, pattern), heads, kv_heads)
     for first in range(0, 4, ranks):  # each data group computes the same rows here
         parts = [found[rank][name, rows, pattern[0]] for rank in range(first, first + ranks)]
         tokens = torch.cat([part["tokens"] for part in parts], dim=1)
@@ -121,7 +132,7 @@ def test_outputs_and_gradients_equal_the_reference(found, expected, name, rows, 
 
 
 @pytest.mark.parametrize("rows", ROWS, ids="+".join)
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if "Ulysses" not in name])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if LAYOUTS[name][1] > 1])
 def test_really_sent_bytes_are_the_predicted_ones(found, name, rows):
     ranks, _, ulysses_degree, _, kv_heads = LAYOUTS[name]
     heads_here = max(1, kv_heads // ulysses_degree)
