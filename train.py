@@ -840,7 +840,7 @@ def save_model(
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(Flags, description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(Flags, description=__doc__.splitlines()[0], allow_abbrev=False)
     try:
         (parsed,) = parser.parse_args_into_dataclasses()
         main(parsed)
