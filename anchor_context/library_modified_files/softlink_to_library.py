@@ -29,7 +29,7 @@ from pathlib import Path
 
 MODIFIED_FILES = Path(__file__).resolve().parent / "modified_files"
 
-TESTED_VERSIONS = {"transformers": ("5.24.0",), "yunchang": ("0.6.4",)}
+TESTED_VERSIONS = {"transformers": ("5.23.0", "5.24.0"), "yunchang": ("0.6.4",)}
 
 # In the order of installation (restored in reverse), so that the library also works half-way:
 # yunchang's __init__ names what attn_layer adds.

@@ -117,7 +117,12 @@ def train_py(model_folder: Path, folder: Path, rows: list[list[str]]) -> list[fl
     command += ["--batch-size", 1, "--gradient-accumulate-every", 2]
     command += ["--max-train-steps", SETTINGS["max_steps"], "--learning-rate", 1e-2, "--seed", 7]
     result = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
@@ -216,7 +221,12 @@ def test_an_example_trains_and_leaves_a_plain_model(model_folder, tmp_path, exam
     command += ["--save_strategy", "steps", "--save_steps", "3"]
     command += ["--bf16", "false"] + ["--max_length", str(ROW)] * (example == "sft_trainer.py")
     result = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     state = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())
