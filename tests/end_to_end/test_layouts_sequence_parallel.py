@@ -73,6 +73,9 @@ def test_every_layout_gives_the_losses_of_one_process(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert ours["target_tokens"] == theirs["target_tokens"]
+        kinds = set(ours["comm_bytes"])
+        assert (kinds >= {"ring_kv", "ring_grad"}) == ("ring" in flags[1] or flags == HYBRID)
+        assert ("ulysses" in kinds) == ("ulysses" in flags[1] or flags == HYBRID)
     assert expected[-1]["loss"] < expected[0]["loss"]
 
 
