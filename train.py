@@ -423,8 +423,7 @@ def main(flags: Flags) -> None:
     unlogged: list[dict] = []  # steps whose tensors nobody has waited for yet
     window_start, data_wait = time.perf_counter(), 0.0
     last_checkpoint_time = time.monotonic()
-    bad_in_a_row = 0
-    stopped = False
+    first_step, bad_in_a_row, stopped = step, 0, False
 
     with PreemptionGuard() as guard:
         batches = iter(loader)
@@ -446,6 +445,9 @@ def main(flags: Flags) -> None:
                         loss_sum * (world_size / max(1, batch["step_targets"])), scale_wrt_gas=False
                     )
                 step_loss += loss_sum.detach()
+            schedule = batch["layout"].schedule if grid.ring_degree > 1 else None
+            if schedule is not None and step == first_step and accelerator.is_main_process:
+                tqdm.write(f"ring     of the first rows: {schedule}")
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
             step += 1
@@ -463,6 +465,7 @@ def main(flags: Flags) -> None:
                     "tokens": batch["step_tokens"],
                     "pairs": batch["step_pairs"],
                     "comm_bytes": engine.account.take(),
+                    "ring_imbalance": None if schedule is None else schedule.imbalance,
                 }
             )
             progress.update()
@@ -600,6 +603,11 @@ def check_flags(flags: Flags) -> None:
         raise ValueError(
             "--interleave_chunks needs --attn_engine flex: its documents lie in several pieces"
         )
+    if flags.attn_engine == "flex" and flags.parallel_mode in ("ring_attn", "hybrid_attn"):
+        raise ValueError(
+            f"--attn_engine flex does not run under --parallel_mode {flags.parallel_mode}; "
+            "use --parallel_mode ulysses_attn, or --attn_engine flash"
+        )
     if flags.attn_engine == "flash" and flags.anchor_placement == "shared":
         raise ValueError("--anchor_placement shared needs --attn_engine flex")
 
@@ -658,7 +666,8 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
     if hidden and flags.attn_engine == "flash" and flags.attention_pattern == "anchor":
         raise ValueError(
             f"the model's sliding_window={window} would hide the anchor from tokens further than that "
-            "into a document: use --attn_engine flex, or set sliding_window to null in its config.json"
+            "into a document: use --attn_engine flex (not with a ring), or set sliding_window to null in its "
+            "config.json"
         )
 
 
