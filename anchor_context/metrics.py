@@ -73,6 +73,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory used so far: the allocator's on a GPU, the process's resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if (
+        status.exists()
+    ):  # Linux; its getrusage would count the launcher too, which became this process
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -24,6 +24,7 @@ import torch
 
 from anchor_context.attention.patterns import attended_pairs, make_layout
 from anchor_context.layout import DocumentLayout
+from anchor_context.metrics import peak_memory_bytes
 
 MEDIAN, SIGMA = 1339, 1.0
 """Tokens in a document: log-normal, as web text is."""
@@ -109,6 +110,15 @@ def _send_result(sender, function: Callable, arguments: tuple) -> None:
         sender.send(None)
     except Exception as error:
         sender.send(error)
+
+
+def restart_peak(device: torch.device) -> int:
+    """Let the peak memory of this process start anew; returns what is in use now (Linux, or CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_bytes(device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

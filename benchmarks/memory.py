@@ -1,0 +1,117 @@
+"""How memory grows with the row, and the longest row that fits: a training step's peak, per variant.
+
+    python benchmarks/memory.py                           # the default for this machine
+    python benchmarks/memory.py --gib 4 --variants anchor
+
+Every peak is of two optimiser steps in a process of its own (`steps.py`). First rows from 8K to 64K tokens:
+`exponent` is the slope of log(peak − fixed) over log(row length), where `fixed` is the peak of the same
+process on a row of 256 tokens (the interpreter, libraries, weights, gradients, optimiser), so that a large
+fixed part cannot flatter it. 1 is linear, the ceiling: activations are per token. Then the longest row, in
+steps of 1,024 tokens, whose peak stays within --gib, by bisection; it is the result with the variant's
+name and "longest". On the CPU the peak is the whole process's resident memory, on CUDA what tensors held.
+
+Without a GPU: a LLaMA of 4 layers, hidden size 128, vocabulary 32,768, float32, 1.5 GiB. With one:
+LLaMA-3.2-1B's sizes, bfloat16, all of the GPU's memory. Layers are checkpointed at every length, so that
+one line is fitted through one way to compute. plain_hf holds (rows × row) masks: it is
+fitted from 2K to 8K.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from common import (
+    document_lengths,
+    gibibytes,
+    in_fresh_process,
+    print_json,
+    print_table,
+)
+from steps import ONE_BILLION, VARIANTS, Shape, peak_of_steps
+
+TINY = Shape(4, 128, 344, 2, 1, 32_768)
+FIXED = 256
+FITTED = {"plain_hf": (2_048, 4_096, 8_192)}
+FITTED |= dict.fromkeys(("anchor", "full"), (8_192, 16_384, 32_768, 65_536))
+GRAIN = 1024
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_cuda = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_cuda else 1.5
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gib", type=float, default=total, help="the memory to fit, in GiB")
+    parser.add_argument("--variants", nargs="+", default=("anchor", "plain_hf"), choices=VARIANTS)
+    flags = parser.parse_args()
+    shape, dtype = (ONE_BILLION, torch.bfloat16) if on_cuda else (TINY, torch.float32)
+
+    results, exponents, longest = [], {}, {}
+    for variant in flags.variants:
+
+        def peak(row_length: int, variant: str = variant) -> int | None:
+            row = document_lengths(row_length, seed=0)
+            return in_fresh_process(peak_of_steps, variant, shape, device, dtype, row, 2, "full")
+
+        peaks = {length: peak(length) for length in (FIXED, *FITTED[variant])}
+        results += [
+            {"variant": variant, "row_length": length, "peak_bytes": size}
+            for length, size in peaks.items()
+        ]
+        exponents[variant] = fit(peaks)
+        longest[variant] = longest_row(peak, limit=int(flags.gib * 2**30))
+        results.append({"variant": f"{variant} longest", **longest[variant]})
+
+    print_table(
+        {
+            "variant": [r["variant"] for r in results],
+            "row": [f"{r['row_length']:,}" for r in results],
+            "peak GiB": [gibibytes(r["peak_bytes"]) for r in results],
+        }
+    )
+    for variant, exponent in exponents.items():
+        slope = "-" if exponent is None else f"{exponent:.3f}"
+        row = longest[variant]["row_length"]
+        print(f"{variant}: exponent {slope}; {row:,} tokens fit {flags.gib:.1f} GiB")
+    print_json(
+        "memory",
+        device=device,
+        ceiling={"exponent": 1.0, "memory_bytes": int(flags.gib * 2**30)},
+        results=results,
+        exponent=exponents,
+    )
+
+
+def fit(peaks: dict[int, int | None]) -> float | None:
+    """The exponent of the peaks over the fixed part; None where fewer than two rows fit."""
+    rows = [length for length, size in peaks.items() if length > FIXED and size is not None]
+    if len(rows) < 2:
+        return None
+    grown = [peaks[length] - peaks[FIXED] for length in rows]
+    return float(np.polyfit(np.log(rows), np.log(grown), 1)[0])
+
+
+def longest_row(peak, *, limit: int) -> dict:
+    """The longest row, a multiple of `GRAIN` tokens, whose peak is at most `limit` bytes."""
+    sizes: dict[int, int | None] = {}
+
+    def fits(grains: int) -> bool:
+        sizes[grains] = peak(grains * GRAIN)
+        return sizes[grains] is not None and sizes[grains] <= limit
+
+    fitting, failing = 0, 1
+    while fits(failing):
+        fitting, failing = failing, 2 * failing
+    while failing - fitting > max(1, fitting // 32):  # to 3 %: a probe is a process and two steps
+        middle = (fitting + failing) // 2
+        if fits(middle):
+            fitting = middle
+        else:
+            failing = middle
+    return {"row_length": fitting * GRAIN, "peak_bytes": sizes.get(fitting)}
+
+
+if __name__ == "__main__":
+    main()
