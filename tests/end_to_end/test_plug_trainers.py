@@ -203,6 +203,7 @@ def test_both_trainers_and_train_py_agree_at_every_step(model_folder, tmp_path):
     np.testing.assert_allclose(sft_losses.values, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["trainer.py", "sft_trainer.py"])
 def test_an_example_trains_and_leaves_a_plain_model(model_folder, tmp_path, example):
     lines = (json.dumps({"text": text}) for text in texts())
