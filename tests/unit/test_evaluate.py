@@ -1,0 +1,298 @@
+"""The evaluator itself: a copying model scores 1 everywhere, a random one 0, perplexity is the model's."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from anchor_context import evaluate
+from anchor_context.attention.patterns import make_layout
+from anchor_context.attention.reference import attend
+from anchor_context.data.packing import find_anchor_id
+from anchor_context.demo import standard_library_texts, tiny_llama, train_tokenizer
+from anchor_context.evaluation.perplexity import perplexity_rows, position_ranges, token_losses
+from anchor_context.evaluation.plots import heat_map, perplexity_curve
+from anchor_context.evaluation.prompts import (
+    TASKS,
+    Haystack,
+    make_prompts,
+    passkey_sentences,
+    sentences_of,
+    varied_sentences,
+)
+from anchor_context.evaluation.retrieval import Answer, accuracies, answer_prompts, first_number
+from anchor_context.models import set_attention
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with model/ (random weights) and documents.jsonl."""
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = standard_library_texts(at_most_characters=60_000)
+    with (folder / "documents.jsonl").open("w") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in ["short", *texts])
+    tokenizer = train_tokenizer(texts, vocab_size=512)
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(tokenizer, hidden=32, layers=2).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny / "model")
+
+
+class CopyingModel:
+    """Answers with the number that the prompt hides, as a model that retrieves perfectly would."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace()
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.batches = []
+
+    def generate(self, prompts, *, attention_mask, generation_config):
+        assert not generation_config.do_sample and attention_mask.all()
+        self.batches.append(tuple(prompts.shape))
+        texts = self.tokenizer.batch_decode(prompts)
+        hidden = [
+            re.search(r"(?:secret number of \w+|pass key) is (\d+)", text)[1] for text in texts
+        ]
+        answers = [f" {number}. And so on, 12." for number in hidden]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
+        new = [row[: generation_config.max_new_tokens] for row in ids]
+        width = max(map(len, new))
+        pad = generation_config.pad_token_id
+        return torch.cat(
+            (prompts, torch.tensor([row + [pad] * (width - len(row)) for row in new])), dim=1
+        )
+
+
+def prompts_of(tokenizer, task: str, length: int, depths: list[float], trials: int = 2) -> list:
+    filler = passkey_sentences() if task == "passkey" else varied_sentences(0)
+    return make_prompts(
+        TASKS[task],
+        Haystack(filler, tokenizer, length=length),
+        tokenizer,
+        anchor_id=find_anchor_id(tokenizer),
+        length=length,
+        depths=depths,
+        trials=trials,
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", [200, 333])
+def test_prompts_fill_the_length_and_hold_the_fact_at_its_depth(tokenizer, task, length):
+    prompts = prompts_of(tokenizer, task, length, [0, 25, 50, 75, 100])
+    places = []
+    for prompt in prompts:
+        reply = tokenizer(f" {prompt.answer}", add_special_tokens=False)["input_ids"]
+        assert len(prompt.token_ids) + len(reply) == length
+        assert prompt.token_ids.count(tokenizer.bos_token_id) == 1
+        assert prompt.token_ids[0] == tokenizer.bos_token_id
+        text = tokenizer.decode(prompt.token_ids, skip_special_tokens=True)
+        assert text.count(f"{prompt.answer}") == (1 if task == "needle" else 2)
+        assert text.endswith(" is")
+        # The share of the filler's characters that come before the fact.
+        before, after = re.split(
+            r" The secret number.*?\.| The pass key is \d+\..*?the pass key\.", text, maxsplit=1
+        )
+        after = re.sub(r" (Question|What).*$", "", after)
+        assert before == "" or before.endswith("."), "a fact stands between sentences"
+        places.append(len(before) / (len(before) + len(after)))
+    in_order = places[::2]
+    assert in_order[0] == 0 and in_order[-1] > 0.75 and in_order == sorted(in_order)
+    assert abs(in_order[2] - 0.5) < 0.2
+    assert len({prompt.answer for prompt in prompts}) == len(prompts)
+    assert prompts == prompts_of(tokenizer, task, length, [0, 25, 50, 75, 100])
+
+
+def test_the_anchor_is_eos_where_the_tokenizer_has_no_bos():
+    without = train_tokenizer(["a b c"], vocab_size=300, bos=False)
+    prompt = prompts_of(without, "passkey", 300, [50])[0]
+    assert prompt.token_ids[0] == without.eos_token_id
+
+
+def test_a_length_too_short_for_the_question_is_refused(tokenizer):
+    with pytest.raises(
+        ValueError, match=r"--lengths 20 is too short for the question, which takes"
+    ):
+        prompts_of(tokenizer, "needle", 20, [0])
+
+
+def test_an_answer_counts_when_its_first_number_is_the_hidden_one():
+    assert first_number(" 12345. 678") == "12345"
+    assert first_number(" 1,234,567!") == "1234567"
+    assert first_number("the 123456 ") == "123456" != "12345"
+    assert first_number("none") is None
+
+
+def run(*flags: str) -> None:
+    evaluate.main([str(flag) for flag in flags])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_copying_model_finds_everything(tiny, tokenizer, task, tmp_path, monkeypatch):
+    model = CopyingModel(tokenizer)
+    monkeypatch.setattr(evaluate, "load_model", lambda path, device: model)
+    flags = ("--lengths", "192,256", "--depths", "0,30,100", "--trials", "3", "--batch-size", "4")
+    run(task, "--model", tiny / "model", "--out", tmp_path, *flags)
+    found = json.loads((tmp_path / f"{task}.json").read_text())["results"]
+    assert [(r["length"], r["depth"]) for r in found] == [
+        (s, d) for s in (192, 256) for d in (0, 30, 100)
+    ]
+    assert all(r["accuracy"] == 1.0 for r in found)
+    with (tmp_path / f"{task}.csv").open() as stream:
+        assert sum(row["correct"] == "True" for row in csv.DictReader(stream)) == 18
+    assert (tmp_path / f"{task}.png").stat().st_size > 5000
+    assert max(rows for rows, _ in model.batches) > 1, "nothing was batched"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_random_model_finds_nothing(tiny, task, tmp_path):
+    flags = ("--lengths", "192,256", "--depths", "0,100", "--trials", "2", "--batch-size", "4")
+    run(task, "--model", tiny / "model", "--out", tmp_path, *flags)
+    found = json.loads((tmp_path / f"{task}.json").read_text())["results"]
+    assert len(found) == 4 and all(r["accuracy"] == 0.0 for r in found)
+
+
+def test_batches_do_not_change_the_answers(tiny, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    generate = evaluate.greedy(model, pad_id=tokenizer.eos_token_id)
+    prompts = prompts_of(tokenizer, "passkey", 128, [0, 50, 100])
+    one, three = (answer_prompts(generate, prompts, tokenizer, batch_size=size) for size in (1, 3))
+    assert one == three and len(one) == 6
+
+
+def test_the_heat_map_shows_the_accuracies_on_a_scale_from_0_to_1():
+    answers = [
+        Answer(length, depth, trial, "1", "", correct=(length, depth, trial) != (8192, 50.0, 0))
+        for length in (4096, 8192)
+        for depth in (0.0, 50.0, 100.0)
+        for trial in range(4)
+    ]
+    axes = heat_map(accuracies(answers), title="needle").axes[0]
+    image = axes.images[0]
+    assert image.get_array().tolist() == [[1, 1], [1, 0.75], [1, 1]]
+    assert image.get_clim() == (0, 1)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4K", "8K"]
+    assert axes.get_xlabel() == "context length (tokens)"
+
+
+def test_losses_are_those_of_the_plain_model(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    ids = torch.randint(3, 500, (1500,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids[None], labels=ids[None]).loss
+    losses = token_losses(model, ids)
+    assert losses.shape == (1499,)
+    torch.testing.assert_close(losses.mean(), expected, rtol=1e-5, atol=0)
+
+
+def test_plain_causal_attention_is_anchor_attention_on_one_document(tiny):
+    plain = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float64).eval()
+    anchored = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float64).eval()
+    set_attention(anchored, attend)
+    ids = torch.randint(3, 500, (1, 96), generator=torch.Generator().manual_seed(1))
+    ids[0, 0] = plain.config.bos_token_id
+    layout = make_layout(
+        torch.tensor([0]).numpy(),
+        batch_size=1,
+        row_length=96,
+        pattern="anchor",
+        anchor_placement="per_document",
+    )
+    with torch.no_grad():
+        expected = anchored(ids, position_ids=layout.position_ids, layout=layout).logits
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=0, atol=1e-10)
+
+
+def test_perplexity_by_position():
+    losses = [torch.linspace(1, 2, 255), torch.linspace(2, 3, 255)]
+    rows = perplexity_rows(losses, [100, 256])
+    by_range = {(row["kind"], row["first"], row["last"]): row for row in rows}
+    assert set(by_range) == {
+        ("position", 1, 63),
+        ("position", 64, 127),
+        ("position", 128, 255),
+        ("length", 1, 99),
+        ("length", 1, 255),
+    }
+    expected = torch.stack(losses)[:, 63:127].double().mean().item()
+    row = by_range["position", 64, 127]
+    assert row["loss"] == pytest.approx(expected)
+    assert row["perplexity"] == pytest.approx(math.exp(expected))
+    assert row["loss_standard_error"] == pytest.approx(0.5)  # |1 − 2| / √2 / √2
+    assert all(a[1] == b[0] for a, b in pairwise(position_ranges(300)))
+    figure = perplexity_curve(rows, title="ppl")
+    assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx(
+        [row["perplexity"] for row in rows if row["kind"] == "position"]
+    )
+
+
+def test_perplexity_of_a_checkpoint(tiny, tmp_path, capsys):
+    flags = ("--model", tiny / "model", "--dataset", tiny / "documents.jsonl", "--out", tmp_path)
+    run("ppl", *flags, "--lengths", "128,512", "--documents", "3")
+    rows = json.loads((tmp_path / "ppl.json").read_text())["results"]
+    assert {row["documents"] for row in rows} == {3}
+    # Random weights know nothing: the perplexity is near the vocabulary's size.
+    assert all(300 < row["perplexity"] < 900 for row in rows)
+    assert "ppl of the first 512 tokens" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"no document fills --lengths 1000000; the longest has \d"
+    ):
+        run("ppl", *flags, "--lengths", "1000000")
+
+
+def test_a_haystack_of_ones_own(tiny, tokenizer, tmp_path):
+    sentences = sentences_of("One sentence here. And another! Is it?")
+    assert [next(sentences) for _ in range(4)] == [
+        " One sentence here.",
+        " And another!",
+        " Is it?",
+        " One sentence here.",
+    ]
+    with pytest.raises(ValueError, match="--haystack is empty"):
+        sentences_of(" ")
+
+
+def test_two_processes_share_the_work_and_agree_with_one(tiny, tmp_path):
+    flags = ["--lengths", "160,192", "--depths", "0,50,100", "--trials", "1", "--batch-size", "2"]
+    run("passkey", "--model", tiny / "model", "--out", tmp_path / "one", *flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "anchor_context.evaluate", "passkey"]
+    command += ["--model", str(tiny / "model"), "--out", str(tmp_path / "two"), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one/passkey.csv").read_text() == (tmp_path / "two/passkey.csv").read_text()
+    assert "3/3" in done.stderr and "6/6" not in done.stderr, "process 0 did not do half"
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--lengths", "0"], "must be at least 1"),
+        (["--depths", "0,120"], "percentages from 0 to 100"),
+        (["--trials", "0"], "must be at least 1"),
+    ],
+)
+def test_bad_values_are_named(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        run("needle", "--model", "m", "--out", "o", "--lengths", "64", *flags)
+    assert said in capsys.readouterr().err
