@@ -157,7 +157,7 @@ def by_pattern(found: Measurements) -> Figure:
         (first_token, "first_rounding_mean", mean_of),
         (first_key, "first_key_error", max_of),
     ):
-        smallest = min(row[column] for row in logits if row[column] > 0)
+        smallest = min((row[column] for row in logits if row[column] > 0), default=1e-9)
         for number, arithmetic in enumerate(arithmetics):
             offset = (number - (len(arithmetics) - 1) / 2) * width
             heights = [reduce(logits, column, arithmetic=arithmetic, pattern=p) for p in patterns]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from anchor_context.demo import train_tokenizer
+from anchor_context.demo import standard_library_texts, tiny_llama, train_tokenizer
 from anchor_context.rope.__main__ import arrange, load_tokens, main
 from anchor_context.rope.precision import (
     EXACT,
@@ -284,6 +284,30 @@ def test_the_command_writes_report_tables_and_pictures(tmp_path):
     assert len(rows) == 2 * 2 * 4 * 5 * 2 * 4 * 2
     still = [row for row in rows if row["shift"] == "0"]
     assert all(float(row["rounding_max"]) == 0 for row in still)
+
+
+def test_a_models_own_weights_on_a_text(tmp_path):
+    texts = standard_library_texts(at_most_characters=20_000)
+    tokenizer = train_tokenizer(texts, vocab_size=512)
+    tokenizer.save_pretrained(tmp_path)
+    tiny_llama(tokenizer, hidden=32, layers=2).save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text(texts[0])
+    flags = f"precision --model {tmp_path} --text {tmp_path}/text.txt --out {tmp_path}/out"
+    only = "--lengths 128 --shifts 64 --dtypes bfloat16 --patterns anchor --documents 2 --queries 8"
+    main([*flags.split(), *only.split()])
+    report = (tmp_path / "out/report.md").read_text()
+    assert "the model's own" in report and "text.txt" in report
+    with (tmp_path / "out/change.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["first_key_error"] for row in rows} == {"0.0"}
+    assert all(float(row["rounding_max"]) > 0 for row in rows)
+
+
+def test_dynamic_frequencies_are_refused():
+    model = make_model()
+    model.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(ValueError, match="dynamic RoPE has other frequencies at every length"):
+        rope_of(model)
 
 
 def test_bad_values_are_named(tmp_path, capsys):
