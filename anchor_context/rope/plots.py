@@ -166,13 +166,13 @@ def by_pattern(found: Measurements) -> Figure:
             for x, height in zip(at, heights, strict=True):
                 if height == 0:
                     axes.annotate("0", (x, smallest / 8), ha="center", va="bottom", fontsize=8)
-        if (
-            column == "first_key_error"
-        ):  # zero has a place on this axis, and the rest is logarithmic
+        if column == "first_key_error":  # zero has a place on this axis
             axes.set_yscale("symlog", linthresh=smallest)
-        else:
+            axes.set_ylim(bottom=0)
+        else:  # bars on a logarithmic axis start anywhere: a decade below the shortest
             axes.set_yscale("log")
-    floor = 1e-17
+            axes.set_ylim(bottom=min(bar.get_height() for bar in axes.patches) / 10)
+    floor = 1e-19
     heights = [
         max(mean_of(logits, "first_exact_mean", arithmetic=arithmetics[0], pattern=p), floor)
         for p in patterns
