@@ -48,8 +48,11 @@ class Inspection:
         pairs = dict.fromkeys(PATTERNS, 0)
         for lengths in rows:
             for pattern in PATTERNS:
-                # A shared anchor is a document of one token: as `per_document`, but for a rounding.
-                placement = "per_document" if pattern == "anchor" else "none"
+                placement = "none"
+                if pattern == "anchor":
+                    placement = (
+                        "shared" if prepared.anchor_placement == "shared" else "per_document"
+                    )
                 pairs[pattern] += attended_pairs(
                     lengths, pattern=pattern, anchor_placement=placement
                 )

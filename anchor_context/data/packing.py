@@ -154,7 +154,8 @@ def prepare_rows(
         mixture=mixture,
         interleave_chunks=interleave_chunks,
         domain_tag=domain_tag,
-        seed=seed,
+        # Where nothing is drawn, another seed must not prepare everything again.
+        seed=seed if upsample_long or mixture or interleave_chunks else 0,
     )
     names = [dataset] if isinstance(dataset, str) else list(dataset)
     if len(names) == 1 and is_prepared(Path(names[0])):
@@ -384,8 +385,7 @@ class _RowLayer:
             self.tag_tokens += max(0, min(stop, body.tag) - start)
         last = pieces[-1]
         self.documents_cut += last.first and last.goes_on
-        goes_on = last.goes_on and last.stop >= last.body.tag
-        tokens[length] = last.body.tokens[last.stop] if goes_on else NO_TOKEN
+        tokens[length] = last.body.tokens[last.stop] if last.goes_on else NO_TOKEN
         pad_count = length - at
         if pad_count:
             starts.append(at)

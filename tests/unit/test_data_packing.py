@@ -227,7 +227,7 @@ def test_a_domain_tag_is_seen_but_no_target(tmp_path):
     assert prepared.report["tag_tokens"] == len("web") + len("a book")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=10),
     row_length=st.integers(2, 40),
@@ -249,6 +249,21 @@ def test_tags_are_cut_without_becoming_targets(lengths, row_length, placement):
         targets = [t for i in range(len(prepared)) for t in prepared.row(i).labels() if t >= 0]
         expected = [t for text in texts for t in [*BYTES(text)["input_ids"], EOS]]
         assert sorted(targets) == sorted(expected)  # every token of the texts, none of the tags
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_chunks_of_a_tagged_or_continued_document_lose_no_target(tmp_path, placement):
+    texts = ["abcdefghijklmnopqrstuvwxyz"[i] * 150 for i in range(20)]  # cut by every row's end
+    data = write_texts(tmp_path / "d.jsonl", texts, set="a long tag")
+    options = {"source_column": "set", "domain_tag": True, "interleave_chunks": True}
+    prepared = prepare(data, tmp_path, row_length=260, anchor_placement=placement, **options)
+    chunks = sum(
+        len(np.unique(prepared.row(i).documents)) < len(prepared.row(i).documents)
+        for i in range(len(prepared))
+    )
+    assert chunks > 5
+    targets = [t for i in range(len(prepared)) for t in prepared.row(i).labels() if t >= 0]
+    assert sorted(targets) == sorted(t for text in texts for t in [*BYTES(text)["input_ids"], EOS])
 
 
 def test_best_fit_cuts_no_document_that_fits_and_reports_the_padding(tmp_path):
@@ -301,11 +316,13 @@ def test_whatever_shapes_the_rows_is_in_the_fingerprint(tmp_path):
         {"tokenizer": byte_tokenizer(bos=False)},
         {"vocab_size": 999},
         {"strategy": "best_fit"},
-        {"seed": 1},
+        {"interleave_chunks": True},
+        {"interleave_chunks": True, "seed": 1},
         {"skip_bad_documents": True},
     ]
     directories = {prepare(data, tmp_path, **change).directory for change in changed}
     assert len(directories | {first.directory}) == len(changed) + 1
+    assert prepare(data, tmp_path, seed=1).directory == first.directory  # it draws nothing
 
 
 def test_changed_data_are_noticed_even_at_the_same_size_and_time(tmp_path):

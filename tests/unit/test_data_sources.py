@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from data_samples import BYTES, byte_tokenizer, file_bytes, prepare, write_texts, write_token_rows
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from anchor_context.data import documents, sources
 from anchor_context.data.documents import encode_long
@@ -256,6 +256,18 @@ def test_a_tokenizers_own_truncation_and_padding_lose_nothing(tmp_path):
     tokenizer.backend_tokenizer.enable_padding(length=50)
     data = write_texts(tmp_path / "d.jsonl", ["a long text", "b"])
     assert prepare(data, tmp_path, tokenizer=tokenizer).report["document_tokens"] == 14
+
+
+def test_a_tokenizer_without_a_fast_backend(tmp_path):
+    tokenizer = ByT5Tokenizer()  # plain Python; no BOS, EOS is 1, a byte b is b + 3
+    data = write_texts(tmp_path / "d.jsonl", ["ab", "c"])
+    first = prepare(data, tmp_path, tokenizer=tokenizer, row_length=8)
+    assert first.row(0).tokens[:7].tolist() == [1, 100, 101, 1, 1, 102, 1]
+    assert prepare(data, tmp_path, tokenizer=ByT5Tokenizer(), row_length=8).directory == (
+        first.directory
+    )
+    with_more = ByT5Tokenizer(extra_ids=3)
+    assert prepare(data, tmp_path, tokenizer=with_more, row_length=8).directory != first.directory
 
 
 # -- long texts ----------------------------------------------------------------------------------------
