@@ -15,7 +15,7 @@ What stays without these is the loss's part (`loss.py`): the logits.
 
 from __future__ import annotations
 
-import importlib.metadata
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anchor_context.loss import liger_available
+from anchor_context.rope.float32 import wrap_rotation
 
 CHECKPOINT_FROM = {"cuda": 8_192, "cpu": 32_768}
 """Tokens per rank and row from which `auto` checkpoints. On a GPU 32 layers of hidden size 4,096 keep
@@ -139,30 +140,33 @@ def apply_memory_plan(model: PreTrainedModel, plan: MemoryPlan) -> None:
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Liger's RMSNorm, RoPE and SwiGLU; not its loss, whose place is `loss.py`.
+    """Give this one `model` Liger's RMSNorm, RoPE and SwiGLU; not its loss, whose place is `loss.py`.
 
-    Liger also exchanges the classes in the model's transformers module, so models of the same type that
-    this process makes later have its kernels too.
+    `rotate_in_float32` (--rope_precision) may come afterwards, and then rotates in its place.
 
     Raises:
         ValueError: Liger has no kernels for this type of model.
     """
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance, liger_rotary_pos_emb
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     kind = model.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        version = importlib.metadata.version("liger-kernel")
-        raise ValueError(f"liger-kernel {version} has no kernels for {kind} models: use --liger no")
-    # transformers' own Trainer calls this function; Liger drops keywords that a model has no use for.
+        raise ValueError(f"--liger yes: Liger has no kernels for {kind} models; use --liger no")
+    # Besides the instance, Liger exchanges the classes in the model's module: those are put back.
+    modeling = vars(sys.modules[type(model).__module__])
+    before = dict(modeling)
+    # transformers' own Trainer calls this; Liger drops the keywords that a model has no use for.
     _apply_liger_kernel_to_instance(
         model,
         rms_norm=True,
-        rope=True,
         swiglu=True,
+        rope=False,
         cross_entropy=False,
         fused_linear_cross_entropy=False,
     )
+    modeling.update(before)
+    wrap_rotation(model, lambda rotate: liger_rotary_pos_emb)
 
 
 def tile_mlps(model: PreTrainedModel) -> Callable[[], None]:

@@ -3,12 +3,13 @@
     python benchmarks/memory.py                           # the default for this machine
     python benchmarks/memory.py --gib 4 --variants anchor
 
-Every peak is of two optimiser steps in a process of its own (`steps.py`). First rows from 8K to 64K tokens:
+Every peak is of an optimiser step in a process of its own (`steps.py`). First rows from 8K to 64K tokens:
 `exponent` is the slope of log(peak − fixed) over log(row length), where `fixed` is the peak of the same
 process on a row of 256 tokens (the interpreter, libraries, weights, gradients, optimiser), so that a large
 fixed part cannot flatter it. 1 is linear, the ceiling: activations are per token. Then the longest row, in
-steps of 1,024 tokens, whose peak stays within --gib, by bisection; it is the result with the variant's
-name and "longest". On the CPU the peak is the whole process's resident memory, on CUDA what tensors held.
+steps of 1,024 tokens, whose peak stays within --gib, by bisection to a sixteenth; it is the result with the
+variant's name and "longest". On the CPU the peak is the whole process's resident memory, on CUDA what
+tensors held.
 
 Without a GPU: a LLaMA of 4 layers, hidden size 128, vocabulary 32,768, float32, 1.5 GiB. With one:
 LLaMA-3.2-1B's sizes, bfloat16, all of the GPU's memory. Layers are checkpointed at every length, so that
@@ -19,6 +20,7 @@ fitted from 2K to 8K.
 from __future__ import annotations
 
 import argparse
+import time
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from common import (
     print_json,
     print_table,
 )
-from steps import ONE_BILLION, VARIANTS, Shape, peak_of_steps
+from steps import ONE_BILLION, VARIANTS, Shape, peak_of_step
 
 TINY = Shape(4, 128, 344, 2, 1, 32_768)
 FIXED = 256
@@ -45,7 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=total, help="the memory to fit, in GiB")
     parser.add_argument("--variants", nargs="+", default=("anchor", "plain_hf"), choices=VARIANTS)
+    parser.add_argument(
+        "--at_most_seconds", type=float, default=3600, help="start no probe of the bisection later"
+    )
     flags = parser.parse_args()
+    deadline = time.monotonic() + flags.at_most_seconds
     shape, dtype = (ONE_BILLION, torch.bfloat16) if on_cuda else (TINY, torch.float32)
 
     results, exponents, longest = [], {}, {}
@@ -53,7 +59,7 @@ def main() -> None:
 
         def peak(row_length: int, variant: str = variant) -> int | None:
             row = document_lengths(row_length, seed=0)
-            return in_fresh_process(peak_of_steps, variant, shape, device, dtype, row, 2, "full")
+            return in_fresh_process(peak_of_step, variant, shape, device, dtype, row, "full")
 
         peaks = {length: peak(length) for length in (FIXED, *FITTED[variant])}
         results += [
@@ -61,7 +67,7 @@ def main() -> None:
             for length, size in peaks.items()
         ]
         exponents[variant] = fit(peaks)
-        longest[variant] = longest_row(peak, limit=int(flags.gib * 2**30))
+        longest[variant] = longest_row(peak, peaks, limit=int(flags.gib * 2**30), deadline=deadline)
         results.append({"variant": f"{variant} longest", **longest[variant]})
 
     print_table(
@@ -93,24 +99,33 @@ def fit(peaks: dict[int, int | None]) -> float | None:
     return float(np.polyfit(np.log(rows), np.log(grown), 1)[0])
 
 
-def longest_row(peak, *, limit: int) -> dict:
-    """The longest row, a multiple of `GRAIN` tokens, whose peak is at most `limit` bytes."""
-    sizes: dict[int, int | None] = {}
+def longest_row(
+    peak, known: dict[int, int | None], *, limit: int, deadline: float
+) -> dict[str, int | None]:
+    """The longest row, a multiple of `GRAIN` tokens, whose peak is at most `limit` bytes.
 
-    def fits(grains: int) -> bool:
-        sizes[grains] = peak(grains * GRAIN)
-        return sizes[grains] is not None and sizes[grains] <= limit
+    Starts from the peaks that are known, doubles until one does not fit, then halves the gap.
+    """
+    sizes = dict(known)
 
-    fitting, failing = 0, 1
-    while fits(failing):
+    def fits(row_length: int) -> bool:
+        if row_length not in sizes:
+            sizes[row_length] = peak(row_length)
+        return sizes[row_length] is not None and sizes[row_length] <= limit
+
+    lengths = [0] + [length for length in known if length % GRAIN == 0 and fits(length)]
+    fitting = max(lengths)
+    failing = max(GRAIN, 2 * fitting)
+    while time.monotonic() < deadline and fits(failing):
         fitting, failing = failing, 2 * failing
-    while failing - fitting > max(1, fitting // 32):  # to 3 %: a probe is a process and two steps
-        middle = (fitting + failing) // 2
+    # Each probe is a process and a step: a sixteenth is near enough.
+    while time.monotonic() < deadline and failing - fitting > max(GRAIN, fitting // 16):
+        middle = (fitting + failing) // 2 // GRAIN * GRAIN
         if fits(middle):
             fitting = middle
         else:
             failing = middle
-    return {"row_length": fitting * GRAIN, "peak_bytes": sizes.get(fitting)}
+    return {"row_length": fitting, "peak_bytes": sizes.get(fitting)}
 
 
 if __name__ == "__main__":

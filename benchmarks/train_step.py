@@ -7,7 +7,7 @@ Same model, rows and type for all variants (`steps.py` says what each computes).
 layers, hidden size 256, vocabulary 32,768, float32, rows of 16,384 tokens. With one: LLaMA-3.2-1B's
 sizes, bfloat16, rows of 131,072 tokens. Documents are log-normal (median 1,339 tokens, sigma 1.0); every
 repeat has another row, on which all variants take a step, one after the other, so that whatever else the
-machine does meets them alike. `step_s` is the median. `peak_bytes` is of two steps on the first row in a
+machine does meets them alike. `step_s` is the median. `peak_bytes` is of a step on the first row in a
 process of its own: on the CPU the whole process's resident memory, on CUDA what tensors held. A
 variant that does not fit has null.
 
@@ -32,7 +32,7 @@ from common import (
     print_table,
     seconds,
 )
-from steps import ONE_BILLION, SMALL, VARIANTS, Step, peak_of_steps
+from steps import ONE_BILLION, SMALL, VARIANTS, Step, peak_of_step
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     rows = [document_lengths(flags.row_length, seed=seed) for seed in range(flags.repeats)]
 
     peaks = {
-        variant: in_fresh_process(peak_of_steps, variant, shape, device, dtype, rows[0], 2)
+        variant: in_fresh_process(peak_of_step, variant, shape, device, dtype, rows[0])
         for variant in flags.variants
     }
     timed = [variant for variant in flags.variants if peaks[variant] is not None]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama import modeling_llama
 
 from anchor_context import memory
 from anchor_context.attention.patterns import make_layout
@@ -178,6 +181,60 @@ def test_a_model_without_such_mlps_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40))
     with pytest.raises(ValueError, match=r"--tiled_mlp.*GPT2LMHeadModel"):
         tile_mlps(model)
+
+
+# --- Liger ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_in_for_liger(monkeypatch):
+    """Liger's interface (0.8), doing to models and modules what it does, in plain PyTorch."""
+    asked = {}
+
+    def apply(model, **kernels):
+        asked.update(kernels)
+        modeling_llama.LlamaRMSNorm = modeling_llama.LlamaMLP = None  # Liger's own classes there
+        for layer in model.model.layers:
+            layer.mlp.forward = lambda x, mlp=layer.mlp: type(mlp).forward(mlp, x)
+
+    def rotate(q, k, cos, sin):
+        asked["rotations"] = asked.get("rotations", 0) + 1
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+
+    transformers_part = ModuleType("liger_kernel.transformers")
+    transformers_part._apply_liger_kernel_to_instance = apply
+    transformers_part.liger_rotary_pos_emb = rotate
+    patches = ModuleType("liger_kernel.transformers.monkey_patch")
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}
+    for module in (ModuleType("liger_kernel"), transformers_part, patches):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return asked
+
+
+def test_liger_changes_one_model_and_no_loss(stand_in_for_liger, monkeypatch):
+    monkeypatch.setattr(memory, "TILE_TOKENS", 50)
+    names = dict(vars(modeling_llama))
+    plain, batch = model_and_batch()
+    planned, _ = model_and_batch()
+    apply_memory_plan(planned, replace(NOTHING, liger=True, tiled_mlp=True))
+    assert vars(modeling_llama) == names
+    assert stand_in_for_liger == {
+        "rms_norm": True,
+        "swiglu": True,
+        "rope": False,
+        "cross_entropy": False,
+        "fused_linear_cross_entropy": False,
+    }
+    loss, _ = loss_and_gradients(plain, batch)
+    assert "rotations" not in stand_in_for_liger
+    assert loss_and_gradients(planned, batch)[0] == pytest.approx(loss, rel=1e-6)
+    assert stand_in_for_liger["rotations"] == 2 * len(planned.model.layers)  # two micro-batches
+
+
+def test_liger_without_kernels_for_the_model_is_refused(stand_in_for_liger):
+    model, _ = model_and_batch("qwen3")
+    with pytest.raises(ValueError, match="qwen3"):
+        apply_memory_plan(model, replace(NOTHING, liger=True))
 
 
 # --- the choice -----------------------------------------------------------------------------------

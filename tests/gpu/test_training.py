@@ -1,0 +1,177 @@
+"""Training on one GPU: Liger's loss and kernels, checkpointing, offload and tiles against the plain model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from anchor_context import loss as loss_module
+from anchor_context import memory
+from anchor_context.attention.patterns import make_layout
+from anchor_context.engine import make_engine
+from anchor_context.layout import IGNORE_INDEX
+from anchor_context.loss import CausalLMWithLoss, liger_available, liger_loss, tiled_loss
+from anchor_context.memory import MemoryPlan, apply_memory_plan, choose_memory_plan
+from anchor_context.metrics import peak_flops, peak_memory_bytes
+from anchor_context.models import set_attention
+
+CUDA = torch.device("cuda")
+ROW, VOCABULARY = 512, 1000
+NOTHING = MemoryPlan("none", "", False, "", False, "")
+needs_liger = pytest.mark.skipif(
+    not liger_available(CUDA), reason="liger-kernel is not installed (pip install liger-kernel)"
+)
+
+
+def model_and_batch(plan: MemoryPlan, *, dtype: torch.dtype):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+    )
+    model = LlamaForCausalLM(config).to(CUDA, dtype).train()
+    # float32 needs the engine that computes in it.
+    engine = make_engine(
+        "flash" if dtype == torch.bfloat16 else "reference", device=CUDA, dtype=dtype
+    )
+    set_attention(model, engine.attend)
+    apply_memory_plan(model, plan)
+    layout = make_layout(
+        np.array([0, 100, ROW, ROW + 77, ROW + 400]),
+        batch_size=2,
+        row_length=ROW,
+        pattern="anchor",
+        anchor_placement="per_document",
+    ).to(CUDA)
+    tokens = torch.randint(VOCABULARY, (2, ROW), generator=torch.Generator().manual_seed(1))
+    tokens = tokens.to(CUDA)
+    labels = tokens.roll(-1, 1)
+    labels[:, ::7] = IGNORE_INDEX
+    batch = {
+        "input_ids": tokens,
+        "labels": labels,
+        "position_ids": layout.position_ids,
+        "layout": layout,
+    }
+    return CausalLMWithLoss(model, fused=plan.liger), batch
+
+
+def loss_and_gradients(plan: MemoryPlan, *, dtype: torch.dtype):
+    model, batch = model_and_batch(plan, dtype=dtype)
+    loss_sum, count = model(**batch)
+    (loss_sum * 0.3 / count).backward()
+    return (loss_sum / count).item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        replace(NOTHING, gradient_checkpointing="full"),
+        replace(NOTHING, gradient_checkpointing="offload"),
+        replace(NOTHING, tiled_mlp=True),
+        replace(NOTHING, gradient_checkpointing="offload", tiled_mlp=True),
+        pytest.param(replace(NOTHING, liger=True), marks=needs_liger),
+        pytest.param(
+            replace(NOTHING, gradient_checkpointing="offload", tiled_mlp=True, liger=True),
+            marks=needs_liger,
+        ),
+    ],
+    ids=str,
+)
+def test_a_plan_changes_no_loss_and_no_gradient(plan, monkeypatch):
+    monkeypatch.setattr(memory, "TILE_TOKENS", 300)
+    loss, gradients = loss_and_gradients(NOTHING, dtype=torch.float32)
+    planned_loss, planned = loss_and_gradients(plan, dtype=torch.float32)
+    assert planned_loss == pytest.approx(loss, rel=1e-5)
+    # Triton may multiply float32 as TF32 in Liger's kernels.
+    bound = 5e-3 if plan.liger else 1e-5
+    for name, want in gradients.items():
+        assert ((planned[name] - want).norm() / want.norm()).item() < bound, name
+
+
+@needs_liger
+@pytest.mark.parametrize("targets", [True, False])
+def test_liger_s_loss_is_the_tiled_loss(targets, monkeypatch):
+    monkeypatch.setattr(loss_module, "TILE_ENTRIES", 7 * VOCABULARY)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, VOCABULARY, bias=False).to(CUDA)
+    labels = torch.randint(VOCABULARY, (100,), device=CUDA)
+    labels[::3] = IGNORE_INDEX
+    if not targets:
+        labels[:] = IGNORE_INDEX
+    found = []
+    for compute in (tiled_loss, liger_loss):
+        head.zero_grad()
+        hidden = torch.randn(
+            100, 64, device=CUDA, generator=torch.Generator(CUDA).manual_seed(2)
+        ).requires_grad_()
+        loss = compute(hidden, head, labels)
+        (loss * 0.037).backward()
+        found.append((loss.detach(), hidden.grad, head.weight.grad.clone()))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 1e-3 * ours.norm() + 1e-12
+
+
+def test_a_short_bf16_run_learns():
+    plan = choose_memory_plan(device=CUDA, row_tokens_per_rank=65_536)
+    assert plan.gradient_checkpointing == "full" and plan.liger == liger_available(CUDA)
+    model, batch = model_and_batch(plan, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        loss_sum, count = model(**batch)
+        loss = loss_sum / count
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(np.log(VOCABULARY), rel=0.1)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_bf16_follows_float32():
+    exact, _ = loss_and_gradients(NOTHING, dtype=torch.float32)
+    rounded, _ = loss_and_gradients(NOTHING, dtype=torch.bfloat16)
+    assert rounded == pytest.approx(exact, rel=1e-2)
+
+
+def test_offloaded_checkpoints_leave_the_gpu():
+    """A long row: what a step holds on the GPU, over the weights."""
+
+    def peak(checkpointing: str) -> int:
+        plan = replace(NOTHING, gradient_checkpointing=checkpointing)
+        torch.cuda.empty_cache()
+        model, batch = model_and_batch(plan, dtype=torch.bfloat16)
+        long = {
+            "input_ids": batch["input_ids"][:1].repeat(1, 64),
+            "labels": batch["labels"][:1].repeat(1, 64),
+        }
+        row = long["input_ids"].shape[1]
+        layout = make_layout(
+            np.arange(0, row, 1024),
+            batch_size=1,
+            row_length=row,
+            pattern="anchor",
+            anchor_placement="per_document",
+        ).to(CUDA)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_sum, _ = model(**long, position_ids=layout.position_ids, layout=layout)
+        loss_sum.backward()
+        return peak_memory_bytes(CUDA) - before
+
+    none, full, offload = peak("none"), peak("full"), peak("offload")
+    assert offload < full < none
+
+
+def test_the_meters_know_this_device():
+    assert peak_memory_bytes(CUDA) > 0
+    assert peak_flops(CUDA) is None or peak_flops(CUDA) > 1e13
