@@ -3,18 +3,20 @@
     python benchmarks/memory.py                           # the default for this machine
     python benchmarks/memory.py --gib 4 --variants anchor
 
-Every peak is of an optimiser step in a process of its own (`steps.py`). First rows from 8K to 64K tokens:
-`exponent` is the slope of log(peak − fixed) over log(row length), where `fixed` is the peak of the same
-process on a row of 256 tokens (the interpreter, libraries, weights, gradients, optimiser), so that a large
-fixed part cannot flatter it. 1 is linear, the ceiling: activations are per token. Then the longest row, in
-steps of 1,024 tokens, whose peak stays within --gib, by bisection to a sixteenth; it is the result with the
-variant's name and "longest". On the CPU the peak is the whole process's resident memory, on CUDA what
-tensors held.
+Every peak is of an optimiser step in a process of its own (`steps.py`); on the CPU it is the whole process's
+resident memory, on CUDA what tensors held.
 
-Without a GPU: a LLaMA of 4 layers, hidden size 128, vocabulary 32,768, float32, 1.5 GiB. With one:
-LLaMA-3.2-1B's sizes, bfloat16, all of the GPU's memory. Layers are checkpointed at every length, so that
-one line is fitted through one way to compute. plain_hf holds (rows × row) masks: it is
-fitted from 2K to 8K.
+`exponent` is the slope of log(peak − peak of a row of 2K) over log(row length − 2K), for rows from 8K to 64K
+tokens, so that neither weights, libraries nor the loss's tile, which are there with any row, can flatter
+it. 1 is linear, the ceiling: activations are per token. Without a GPU every layer keeps its activations, the
+case in which most is held; with one, layers are checkpointed. plain_hf holds (row × row) masks: it is
+fitted up to 16K.
+
+Then the longest row, in steps of 1,024 tokens, whose peak stays within --gib, layers checkpointed, by
+bisection to a sixteenth; it is the result with the variant's name and "longest".
+
+Without a GPU: a LLaMA of 4 layers, hidden size 128, vocabulary 32,768, float32, 2 GiB. With one:
+LLaMA-3.2-1B's sizes, bfloat16, all of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ from common import (
 from steps import ONE_BILLION, VARIANTS, Shape, peak_of_step
 
 TINY = Shape(4, 128, 344, 2, 1, 32_768)
-FIXED = 256
-FITTED = {"plain_hf": (2_048, 4_096, 8_192)}
+FIXED = 2_048
+"""Tokens in the row whose peak counts as there anyway."""
+FITTED = {"plain_hf": (4_096, 8_192, 16_384)}
 FITTED |= dict.fromkeys(("anchor", "full"), (8_192, 16_384, 32_768, 65_536))
 GRAIN = 1024
 
@@ -43,7 +46,7 @@ GRAIN = 1024
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_cuda else 1.5
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_cuda else 2.0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=total, help="the memory to fit, in GiB")
     parser.add_argument("--variants", nargs="+", default=("anchor", "plain_hf"), choices=VARIANTS)
@@ -57,17 +60,22 @@ def main() -> None:
     results, exponents, longest = [], {}, {}
     for variant in flags.variants:
 
-        def peak(row_length: int, variant: str = variant) -> int | None:
+        def peak(
+            row_length: int, checkpointing: str = "full", variant: str = variant
+        ) -> int | None:
             row = document_lengths(row_length, seed=0)
-            return in_fresh_process(peak_of_step, variant, shape, device, dtype, row, "full")
+            return in_fresh_process(peak_of_step, variant, shape, device, dtype, row, checkpointing)
 
-        peaks = {length: peak(length) for length in (FIXED, *FITTED[variant])}
+        fitted_with = "full" if on_cuda else "none"
+        peaks = {length: peak(length, fitted_with) for length in (FIXED, *FITTED[variant])}
         results += [
             {"variant": variant, "row_length": length, "peak_bytes": size}
             for length, size in peaks.items()
         ]
         exponents[variant] = fit(peaks)
-        longest[variant] = longest_row(peak, peaks, limit=int(flags.gib * 2**30), deadline=deadline)
+        longest[variant] = longest_row(
+            peak, peaks if on_cuda else {}, limit=int(flags.gib * 2**30), deadline=deadline
+        )
         results.append({"variant": f"{variant} longest", **longest[variant]})
 
     print_table(
@@ -91,12 +99,13 @@ def main() -> None:
 
 
 def fit(peaks: dict[int, int | None]) -> float | None:
-    """The exponent of the peaks over the fixed part; None where fewer than two rows fit."""
+    """The exponent with which the peaks grow from `FIXED` on; None where fewer than two rows fit."""
     rows = [length for length, size in peaks.items() if length > FIXED and size is not None]
     if len(rows) < 2:
         return None
+    tokens = [length - FIXED for length in rows]
     grown = [peaks[length] - peaks[FIXED] for length in rows]
-    return float(np.polyfit(np.log(rows), np.log(grown), 1)[0])
+    return float(np.polyfit(np.log(tokens), np.log(grown), 1)[0])
 
 
 def longest_row(
@@ -113,9 +122,8 @@ def longest_row(
             sizes[row_length] = peak(row_length)
         return sizes[row_length] is not None and sizes[row_length] <= limit
 
-    lengths = [0] + [length for length in known if length % GRAIN == 0 and fits(length)]
-    fitting = max(lengths)
-    failing = max(GRAIN, 2 * fitting)
+    fitting = max([length for length in known if fits(length)], default=0)
+    failing = max(8 * GRAIN, 2 * fitting)
     while time.monotonic() < deadline and fits(failing):
         fitting, failing = failing, 2 * failing
     # Each probe is a process and a step: a sixteenth is near enough.

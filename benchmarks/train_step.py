@@ -18,8 +18,8 @@ less than that share of `full`'s.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
+from functools import partial
 
 import torch
 from common import (
@@ -75,20 +75,19 @@ def main() -> None:
 
 
 def time_steps(variants, shape, device, dtype, rows) -> dict[str, list[float]]:
-    """{variant: seconds per row}, the variants taking turns. One model is alive at a time on a GPU."""
+    """{variant: seconds per row}, the variants taking turns."""
     row_length = int(rows[0].sum())
-    make = {"device": device, "dtype": dtype, "row_length": row_length}
+    steps = {
+        variant: Step(variant, shape, device=device, dtype=dtype, row_length=row_length)
+        for variant in variants
+    }
     times: dict[str, list[float]] = {variant: [] for variant in variants}
+    for step in steps.values():
+        # Kernels, the allocator and the optimiser's states: on a GPU a whole step, else a short one.
+        step(rows[0] if device.type == "cuda" else document_lengths(1024, seed=0))
     for row in rows:
-        for variant in variants:
-            step = Step(variant, shape, **make)
-            # Kernels, the allocator and the optimiser's states: on a GPU a whole step, else a short one.
-            step(row if device.type == "cuda" else document_lengths(1024, seed=0))
-            times[variant].append(seconds(lambda step=step, row=row: step(row), device))
-            del step
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        for variant, step in steps.items():
+            times[variant].append(seconds(partial(step, row), device))
     return times
 
 

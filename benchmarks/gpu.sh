@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Every benchmark and the GPU tests on this machine's (first) CUDA device, inside nine minutes; writes
+# benchmarks/results/<gpu>.json and the table in benchmarks/results/README.md.
+#
+#     bash benchmarks/gpu.sh              # PYTHON=… names another interpreter than .venv's or the path's
+#
+# Each part has its own limit; one that fails or runs out leaves its place in the results empty, and says so.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=python
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: $PYTHON sees no CUDA device; install a CUDA build of torch (see README), or name PYTHON=" >&2
+    exit 2
+fi
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("liger_kernel"))' ||
+    echo "note: liger-kernel is not installed (pip install liger-kernel): the tiled loss is measured instead"
+
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+export PYTORCH_ALLOC_CONF=expandable_segments:True # long rows leave no room for fragments
+found="$(mktemp -d)"
+trap 'rm -rf "$found"' EXIT
+
+part() { # name, seconds, command: its last line becomes $found/name.json
+    local name="$1" limit="$2"
+    shift 2
+    echo "== $name (at most $limit s)"
+    if timeout "$limit" "$@" >"$found/$name.log" 2>&1; then
+        tail -n 1 "$found/$name.log" >"$found/$name.json"
+        head -n -1 "$found/$name.log"
+    else
+        echo "$name did not finish (exit $?); the end of what it said:"
+        tail -n 15 "$found/$name.log"
+    fi
+}
+
+echo "== tests/gpu (at most 110 s)"
+timeout 110 "$PYTHON" -m pytest -q tests/gpu 2>&1 | tee "$found/tests.log" | tail -n 5 || true
+
+part attention 70 "$PYTHON" benchmarks/attention.py
+part train_step 150 "$PYTHON" benchmarks/train_step.py --repeats 2
+part memory 150 "$PYTHON" benchmarks/memory.py --variants anchor --at_most_seconds 100
+part packing 40 "$PYTHON" benchmarks/packing.py --megabytes 8
+
+"$PYTHON" benchmarks/collect.py "$found"
