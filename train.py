@@ -250,6 +250,7 @@ def main(flags: Flags) -> None:
         rope_scaling_factor=flags.rope_scaling_factor,
         model_max_position_embeddings=flags.model_max_position_embeddings,
     )
+    check_rope(config, grid)
     tokenizer = AutoTokenizer.from_pretrained(
         flags.model_name_or_path, trust_remote_code=flags.trust_remote_code
     )
@@ -668,6 +669,16 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
             f"the model's sliding_window={window} would hide the anchor from tokens further than that "
             "into a document: use --attn_engine flex (not with a ring), or set sliding_window to null in its "
             "config.json"
+        )
+
+
+def check_rope(config: PretrainedConfig, grid: RankGrid) -> None:
+    """Raise `ValueError` where ranks would rotate the same token differently."""
+    if config.rope_parameters.get("rope_type") == "dynamic" and grid.sequence_degree > 1:
+        raise ValueError(
+            "RoPE of the type dynamic takes its frequencies from the positions that a rank holds, and the "
+            f"{grid.sequence_degree} ranks that share a row hold different ones: use --rope_scaling_type yarn "
+            "or linear, or --parallel_mode data_parallel"
         )
 
 

@@ -75,6 +75,9 @@ def test_unknown_and_shortened_flags_are_refused(capsys):
         ({"warmup_steps": 20, "max_train_steps": 10}, "--warmup_steps 20 is more than"),
         ({"attn_engine": "flex", "attn_kernel": "torch_cpu"}, "belongs to --attn_engine flash"),
         ({"anchor_placement": "shared"}, "needs --attn_engine flex"),
+        ({"attn_engine": "flex", "parallel_mode": "ring_attn"}, "use --parallel_mode ulysses_attn"),
+        ({"interleave_chunks": True}, "needs --attn_engine flex"),
+        ({"profile_steps": "4"}, "profile_steps"),
     ],
 )
 def test_bad_values_are_refused(change, says):
@@ -153,6 +156,14 @@ def test_models_that_can_be_trained_pass():
     train.check_model(MistralConfig(sliding_window=8192), GOOD, RankGrid())
     # Qwen2 carries a window that it does not use.
     train.check_model(Qwen2Config(sliding_window=512, use_sliding_window=False), GOOD, RankGrid())
+
+
+def test_dynamic_rope_is_refused_where_ranks_share_a_row():
+    config = LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    train.check_rope(config, RankGrid(data_degree=4))
+    train.check_rope(LlamaConfig(), RankGrid(ulysses_degree=2))
+    with pytest.raises(ValueError, match="yarn or linear"):
+        train.check_rope(config, RankGrid(ring_degree=2))
 
 
 def test_an_output_folder_with_another_run_is_refused(tmp_path):
