@@ -367,11 +367,11 @@ def main(flags: Flags) -> None:
     # Resume: the checkpoint restores weights, optimiser and random states, and returns our own counts.
 
     checkpoint = on_one_rank(accelerator, partial(find_checkpoint, output, flags.resume))
-    step = rows = tokens_seen = bad_steps = 0
+    step = rows = tokens_seen = bad_steps = bad_in_a_row = 0
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint)
         step, rows, tokens_seen = state["steps"], state["rows"], state["tokens_seen"]
-        bad_steps = state["bad_steps"]
+        bad_steps, bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
         scheduler.load_state_dict(state["schedule"])
     if not flags.max_train_steps:
         max_steps = step + max(0, -(-(len(prepared) - rows) // rows_per_step))
@@ -424,7 +424,7 @@ def main(flags: Flags) -> None:
     unlogged: list[dict] = []  # steps whose tensors nobody has waited for yet
     window_start, data_wait = time.perf_counter(), 0.0
     last_checkpoint_time = time.monotonic()
-    first_step, bad_in_a_row, stopped = step, 0, False
+    first_step, stopped = step, False
 
     with PreemptionGuard() as guard:
         batches = iter(loader)
@@ -441,10 +441,11 @@ def main(flags: Flags) -> None:
                 }
                 with accelerator.accumulate(model):
                     loss_sum, _ = model(**inputs)
+                    scale = world_size / max(1, batch["step_targets"])
+                    # 0 × inf is NaN: a loss that is not finite has no finite gradient either.
+                    scale = scale + 0 * loss_sum.detach()
                     # At the step's last micro-batch this also reduces, clips and updates.
-                    accelerator.backward(
-                        loss_sum * (world_size / max(1, batch["step_targets"])), scale_wrt_gas=False
-                    )
+                    accelerator.backward(loss_sum * scale, scale_wrt_gas=False)
                 step_loss += loss_sum.detach()
             schedule = batch["layout"].schedule if grid.ring_degree > 1 else None
             if schedule is not None and step == first_step and accelerator.is_main_process:
@@ -521,6 +522,7 @@ def main(flags: Flags) -> None:
                 state = {
                     "tokens_seen": tokens_seen,
                     "bad_steps": bad_steps,
+                    "bad_in_a_row": bad_in_a_row,
                     "schedule": schedule_state(scheduler),
                 }
                 saved = save_checkpoint(
@@ -677,8 +679,8 @@ def check_rope(config: PretrainedConfig, grid: RankGrid) -> None:
     if config.rope_parameters.get("rope_type") == "dynamic" and grid.sequence_degree > 1:
         raise ValueError(
             "RoPE of the type dynamic takes its frequencies from the positions that a rank holds, and the "
-            f"{grid.sequence_degree} ranks that share a row hold different ones: use --rope_scaling_type yarn "
-            "or linear, or --parallel_mode data_parallel"
+            f"{grid.sequence_degree} ranks that share a row hold different ones: use --rope_scaling_type "
+            "yarn or linear, or --parallel_mode data_parallel"
         )
 
 
@@ -804,8 +806,9 @@ def describe_step(record: dict) -> str:
 
 def record_bad_step(output: Path, step: int, row_ids: list[int]) -> None:
     """Append a step that was skipped, because its gradient was not finite, to `bad_steps.jsonl`."""
-    with (output / "bad_steps.jsonl").open("a") as stream:
-        stream.write(json.dumps({"step": step, "rows": row_ids}) + "\n")
+    # From this step on, what stands there was written before a resume.
+    bad_steps = MetricsFile(output / "bad_steps.jsonl", keep_steps=step - 1)
+    bad_steps.append({"step": step, "rows": row_ids})
     tqdm.write(colored(f"step {step} skipped: its gradient is not finite", "yellow"))
 
 
