@@ -41,7 +41,8 @@ DATASET=${DATASET:-output/demo_data/documents.jsonl}
 
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-accelerate launch --config_file "$CONFIG" --num_processes "$NPROC" train.py \
+# As `accelerate launch`, and with the exit code of train.py: 75 where a signal stopped it (see README).
+python -m anchor_context.launch --config_file "$CONFIG" --num_processes "$NPROC" train.py \
     --model_name_or_path "$MODEL" \
     --dataset "$DATASET" \
     --data-format "$DATA_FORMAT" \
@@ -59,7 +60,7 @@ python -m anchor_context.summary "$OUTPUT"
 
 # The real thing, LLaMA-2-7B at 65,536 tokens on one machine with 8 GPUs:
 #
-# accelerate launch --config_file accelerate_configs/single_node.yaml train.py \
+# python -m anchor_context.launch --config_file accelerate_configs/single_node.yaml train.py \
 #     --model_name_or_path meta-llama/Llama-2-7b-hf --rope-theta 1000000 \
 #     --dataset 'data/slimpajama-packed-256k/*.jsonl' --data-format tokenized --seq-length 65536 \
 #     --attn_engine flash --parallel_mode ulysses_attn --gradient_checkpointing full \
@@ -68,6 +69,6 @@ python -m anchor_context.summary "$OUTPUT"
 #
 # On two machines, on each of them (RANK_OF_MACHINE 0 on the first, 1 on the second):
 #
-# accelerate launch --config_file accelerate_configs/two_node.yaml \
+# python -m anchor_context.launch --config_file accelerate_configs/two_node.yaml \
 #     --machine_rank $RANK_OF_MACHINE --main_process_ip $FIRST_MACHINE --main_process_port 29500 train.py \
 #     … the same flags, with --parallel_mode hybrid_attn --ulysses_degree 8 --ring_degree 2

@@ -98,7 +98,10 @@ class Flags:
 
     # Data
     dataset: str = field(
-        default="", metadata={"help": "files, globs, folders or hub names, separated by commas"}
+        default="",
+        metadata={
+            "help": "files (.jsonl .json .parquet, also .gz .zst), globs, folders, hub names or prepared rows; commas between"
+        },
     )
     data_format: Literal["raw_json", "tokenized"] = field(
         default="raw_json", metadata={"help": '{"text": …} lines, or pre-tokenised rows'}
@@ -372,7 +375,7 @@ def main(flags: Flags) -> None:
         state = load_checkpoint(accelerator, checkpoint)
         step, rows, tokens_seen = state["steps"], state["rows"], state["tokens_seen"]
         bad_steps, bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
-        scheduler.load_state_dict(state["schedule"])
+        scheduler.load_state_dict(scheduler.state_dict() | state["schedule"])
     if not flags.max_train_steps:
         max_steps = step + max(0, -(-(len(prepared) - rows) // rows_per_step))
 

@@ -8,6 +8,7 @@ Costs: everything is built by vectorised numpy in a worker process, ahead of the
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -142,8 +143,20 @@ def make_loader(
         transform=transform,
     )
     return DataLoader(
-        batches, batch_size=None, num_workers=1, prefetch_factor=4, pin_memory=pin_memory
+        batches,
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=4,
+        pin_memory=pin_memory,
+        worker_init_fn=_outlive_first_signal,
+        generator=torch.Generator(),  # else it draws from the global one, at every start and resume
     )
+
+
+def _outlive_first_signal(_worker: int) -> None:
+    """A scheduler signals data workers too, and the rank needs them to finish its step. A second one ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _frame: signal.signal(n, signal.SIG_DFL))
 
 
 def collate(prepared: PreparedRows, row_ids: np.ndarray, *, pattern: str) -> dict:

@@ -1,0 +1,206 @@
+"""A run that was killed, and resumed, is the run that was not: the same losses, rates, rows and weights."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import metrics
+from runs import Run, same, started, weights
+
+ROWS_PER_STEP = 4
+EVERY_3 = ("--checkpoint_every", "3")
+SCHEDULE = ("--lr_scheduler_type", "cosine", "--warmup_steps", "5")
+
+
+def split(processes: int) -> tuple[str, ...]:
+    """The flags that make a step `ROWS_PER_STEP` rows of so many data-parallel ranks."""
+    return ("--gradient-accumulate-every", str(ROWS_PER_STEP // processes), *SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny, tmp_path_factory):
+    """Documents for one epoch of about 30 steps."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines, characters = [], 0
+    for line in tiny.documents.open():
+        if characters < 25_000:
+            lines.append(line)
+            characters += len(line)
+    (folder / "documents.jsonl").write_text("".join(lines))
+    return type(tiny)(model=tiny.model, documents=folder / "documents.jsonl")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> tuple[str, str]:
+    return "--cache_dir", str(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, cache, tmp_path_factory) -> Path:
+    """An epoch, with the checkpoints of every tenth step."""
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    flags = ("--checkpoint_every", "10", "--keep_checkpoints", "9")
+    with started(corpus, 2, output, *split(2), *flags, *cache) as run:
+        run.finish(0)
+    return output
+
+
+def results(output: Path) -> list[tuple]:
+    keys = ("step", "loss", "learning_rate", "grad_norm", "target_tokens", "tokens_seen")
+    return [tuple(record[key] for key in keys) for record in metrics(output)]
+
+
+def assert_same_run(output: Path, undisturbed: Path) -> None:
+    """Bit for bit."""
+    assert results(output) == results(undisturbed)
+    last = f"step-{len(results(undisturbed))}"
+    assert same(weights(output / last), weights(undisturbed / last))
+
+
+def complete(output: Path) -> list[Path]:
+    """The checkpoints that have their name, oldest first."""
+    found = (output / "checkpoints").glob("checkpoint_*")
+    return sorted(found, key=lambda path: int(path.name.split("_")[1]))
+
+
+def is_saving(output: Path) -> bool:
+    return any((output / "checkpoints").glob(".unfinished-checkpoint_*"))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def test_the_undisturbed_run_trains_every_token_once(undisturbed):
+    data = json.loads((undisturbed / "args.json").read_text())["data"]
+    steps = metrics(undisturbed)
+    assert 25 <= len(steps) <= 35
+    assert sum(step["target_tokens"] for step in steps) == data["document_tokens"]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1, "the case is vacuous"
+
+
+def test_killed_while_saving_and_the_last_checkpoint_damaged(undisturbed, corpus, cache, tmp_path):
+    output = tmp_path / "run"
+    with started(corpus, 2, output, *split(2), *EVERY_3, *cache) as run:
+        run.until(lambda: len(complete(output)) == 2)
+        run.until(lambda: is_saving(output))
+        run.kill()
+    last = complete(output)[-1]
+    flip(last / "rank_1.pt")
+    with started(corpus, 2, output, *split(2), *EVERY_3, *cache) as run:
+        printed = run.finish(0)
+    assert f"{last} is damaged and skipped: rank_1.pt: its contents have changed" in printed
+    assert f"resumed  {complete(output)[0].parent}/checkpoint_" in printed
+    assert not is_saving(output)
+    assert_same_run(output, undisturbed)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ten kills in one run. Each waits for its moment, then up to `DELAY_SECONDS` at random.
+
+DELAY_SECONDS = 0.3
+
+
+def in_preparation(run: Run, cache: Path) -> None:
+    run.until(lambda: any(cache.rglob("*")))
+
+
+def in_steps(run: Run, cache: Path) -> None:
+    resumed = run.steps()
+    # The record is first cut back to the checkpoint, and then grows.
+    run.until(lambda: "training:" in run.printed() and run.steps() != resumed)
+    time.sleep(random.SystemRandom().uniform(0, DELAY_SECONDS))
+
+
+def in_saving(run: Run, cache: Path) -> None:
+    run.until(lambda: is_saving(run.output) and "training:" in run.printed())
+    time.sleep(random.SystemRandom().choice([0, 0.01, 0.03]))
+
+
+def at_any_time(run: Run, cache: Path) -> None:
+    time.sleep(random.SystemRandom().uniform(0, 15))
+
+
+MOMENTS = (in_preparation, in_saving, in_steps, in_saving, at_any_time)
+DAMAGES = {4: flip, 6: Path.unlink, 8: truncate}
+
+
+@pytest.mark.slow
+def test_ten_kills(undisturbed, corpus, tmp_path):
+    output, cache = tmp_path / "run", tmp_path / "cache"
+    cache.mkdir()
+    flags = (
+        *split(2),
+        "--checkpoint_every",
+        "2",
+        "--keep_checkpoints",
+        "3",
+        "--cache_dir",
+        str(cache),
+    )
+    died_saving = reached = 0
+    for kill, moment in enumerate(MOMENTS * 2):
+        with started(corpus, 2, output, *flags) as run:
+            if moment is in_preparation and kill:
+                shutil.rmtree(cache)
+                cache.mkdir()
+            moment(run, cache)
+            run.kill()
+        died_saving += is_saving(output)
+        if kill in DAMAGES and len(complete(output)) > 1:
+            DAMAGES[kill](
+                complete(output)[-1] / "model" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+            )
+        reached = max(reached, run.steps())
+    assert died_saving and 0 < reached < len(results(undisturbed))
+    with started(corpus, 2, output, *flags) as run:
+        run.finish(0)
+    assert_same_run(output, undisturbed)
+
+
+# --------------------------------------------------------------------------------------------------
+# Other ranks, other seeds.
+
+ULYSSES = ("--parallel_mode", "ulysses_attn", "--gradient-accumulate-every", str(ROWS_PER_STEP))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "flags"), [(1, ()), (4, ()), (4, ULYSSES)], ids=["1", "4", "4 Ulysses"]
+)
+def test_another_number_of_ranks_continues_the_same_run(
+    processes, flags, undisturbed, corpus, cache, tmp_path
+):
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    for path in complete(output)[1:]:
+        shutil.rmtree(path)
+    with started(corpus, processes, output, *split(processes), *flags, *cache) as run:
+        printed = run.finish(0)
+    assert "checkpoint_10_40: 10 steps, 40 rows done" in printed
+    ours, theirs = metrics(output), metrics(undisturbed)
+    assert len(ours) == len(theirs)
+    for got, expected in zip(ours, theirs, strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        for key in ("step", "learning_rate", "target_tokens", "tokens_seen"):
+            assert got[key] == expected[key]
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_run(undisturbed, corpus, cache, tmp_path):
+    flags = ("--seed", "43", "--max-train-steps", "3")
+    with started(corpus, 2, tmp_path / "run", *split(2), *flags, *cache) as run:
+        run.finish(0)
+    for got, same_seed in zip(metrics(tmp_path / "run"), metrics(undisturbed), strict=False):
+        assert got["loss"] != same_seed["loss"]
