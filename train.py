@@ -99,9 +99,7 @@ class Flags:
     # Data
     dataset: str = field(
         default="",
-        metadata={
-            "help": "files (.jsonl .json .parquet, also .gz .zst), globs, folders, hub names or prepared rows; commas between"
-        },
+        metadata={"help": "files, globs, folders, hub names or prepared rows, with commas between"},
     )
     data_format: Literal["raw_json", "tokenized"] = field(
         default="raw_json", metadata={"help": '{"text": …} lines, or pre-tokenised rows'}
