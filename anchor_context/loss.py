@@ -3,13 +3,14 @@
 Guarantees: the exact sum over all targets (labels other than -100) in float32, and gradients that may be
 scaled afterwards by anything, so that a step's loss is one global mean and never a mean of means.
 Works with tied embeddings and under ZeRO-3, and where this rank has no target at all.
-Costs: at most `TILE_ENTRIES` logits at a time instead of tokens × vocabulary. On CUDA, Liger's fused
-kernel computes the gradient along with the loss; elsewhere each tile's logits are computed once more in
-the backward pass.
+Costs: at most `TILE_ENTRIES` logits at a time instead of tokens × vocabulary, and no second forward: each
+tile's gradient is made in place of its logits while they are there. Liger's kernel does so on CUDA, plain
+PyTorch elsewhere. Between forward and backward the head's float32 gradient and the hidden states' are kept.
 
-Why not DeepSpeed's `TiledFusedLogitsLoss`, which saves that recomputation: it runs the head's backward
-inside forward with an incoming gradient of one, so any later scaling misses the head's weights, and with
-tied embeddings the second gradient of the shared weight fails an assertion of ZeRO-3 (0.19.8).
+Why not DeepSpeed's `TiledFusedLogitsLoss`: it runs the head's backward inside forward with an incoming
+gradient of one, so any later scaling misses the head's weights, and with tied embeddings the second
+gradient of the shared weight fails an assertion of ZeRO-3 (0.19.8). Here the head's gradient leaves through
+autograd like any other, scaled.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import importlib.util
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from anchor_context.layout import IGNORE_INDEX, DocumentLayout
@@ -59,20 +58,77 @@ class CausalLMWithLoss(nn.Module):
 
 
 def tiled_loss(hidden_TE: Tensor, head: nn.Linear, labels_T: Tensor) -> Tensor:
-    """The summed cross entropy, tile by tile along the tokens.
+    """The summed cross entropy, tile by tile along the tokens: float32, a scalar.
 
-    The number of tiles depends on shapes alone, so that all ranks of ZeRO-3 gather the head's weights
-    equally often.
+    Args:
+        hidden_TE: (T, E) the head's inputs. labels_T: (T,) int64, `IGNORE_INDEX` for no target.
+    """
+    # Reading the weight here, inside the wrapped forward, makes ZeRO-3 gather it, once on every rank.
+    return TiledCrossEntropy.apply(hidden_TE, head.weight, head.bias, labels_T)
+
+
+class TiledCrossEntropy(torch.autograd.Function):
+    """Sum over targets of log Σ exp(logits) − logits[target], for logits = hidden Wᵀ + b.
+
+    Its gradient by the logits is softmax(logits) − onehot(target), which one tile's buffer holds in turn.
     """
 
-    def tile_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = head(hidden).float()
-        return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    @staticmethod
+    def forward(ctx, hidden_TE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_T: Tensor):
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden_TE) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] else None
 
-    tokens = max(1, TILE_ENTRIES // head.out_features)
-    tiles = zip(hidden_TE.split(tokens), labels_T.split(tokens), strict=True)
-    losses = [checkpoint(tile_loss, h, labels, use_reentrant=False) for h, labels in tiles]
-    return torch.stack(losses).sum()
+        tile = min(max(1, TILE_ENTRIES // len(weight_VE)), len(hidden_TE))
+        buffer = hidden_TE.new_empty(tile, len(weight_VE), dtype=torch.float32)
+        loss_sum = hidden_TE.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden_TE), tile):
+            here = slice(start, start + tile)
+            hidden, labels = hidden_TE[here], labels_T[here]
+            logits = buffer[: len(hidden)]
+            if hidden.dtype == logits.dtype:
+                torch.mm(hidden, weight_VE.T, out=logits)
+            else:
+                logits.copy_(hidden @ weight_VE.T)
+            if bias_V is not None:
+                logits += bias_V
+
+            has_target = labels != IGNORE_INDEX
+            target = labels.where(has_target, 0)[:, None]
+            largest = logits.amax(1, keepdim=True)
+            target_logit = logits.gather(1, target) - largest
+            total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            loss_sum += (total.log() - target_logit).where(has_target[:, None], 0).sum()
+
+            grad_logits = logits.mul_(has_target[:, None] / total)
+            grad_logits.scatter_add_(1, target, -has_target[:, None].to(logits.dtype))
+            if wanted[2]:
+                grad_bias += grad_logits.sum(0)
+            if hidden.dtype == logits.dtype:
+                if wanted[0]:
+                    torch.mm(grad_logits, weight_VE, out=grad_hidden[here])
+                if wanted[1]:
+                    grad_weight.addmm_(grad_logits.T, hidden)
+            else:  # bfloat16 products, as the head's own; their sum over tiles stays float32
+                grad_logits = grad_logits.to(hidden.dtype)
+                if wanted[0]:
+                    grad_hidden[here] = grad_logits @ weight_VE
+                if wanted[1]:
+                    grad_weight += grad_logits.T @ hidden
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = weight_VE.dtype
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * scale).to(ctx.dtype),
+            None if grad_bias is None else (grad_bias * scale).to(ctx.dtype),
+            None,
+        )
 
 
 def liger_loss(hidden_TE: Tensor, head: nn.Linear, labels_T: Tensor) -> Tensor:
@@ -82,7 +138,6 @@ def liger_loss(hidden_TE: Tensor, head: nn.Linear, labels_T: Tensor) -> Tensor:
     loss = LigerFusedLinearCrossEntropyLoss(
         ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32
     )
-    # Reading the weight here, inside the wrapped forward, makes ZeRO-3 gather it.
     return loss(head.weight, hidden_TE, labels_T, head.bias)
 
 

@@ -34,16 +34,7 @@ PLANS = {
     "tiled": MemoryPlan("none", "", True, "", False, ""),
     "tiled and full": MemoryPlan("full", "", True, "", False, ""),
 }
-CASES = [  # plan, tied embeddings, loss that reads the head's weight as Liger's does
-    (plan, tied, fused)
-    for plan, fused in (
-        ("nothing", False),
-        ("nothing", True),
-        ("tiled", False),
-        ("tiled and full", True),
-    )
-    for tied in (False, True)
-]
+CASES = [(plan, tied) for plan in PLANS for tied in (False, True)]
 
 
 # --- ZeRO-3 ---------------------------------------------------------------------------------------
@@ -51,15 +42,15 @@ CASES = [  # plan, tied embeddings, loss that reads the head's weight as Liger's
 
 @pytest.fixture(scope="module")
 def sharded_steps(tmp_path_factory) -> dict:
-    """{(plan, tied, loss): [{"losses": …, "gradients": …} of each rank]}, from one pair of processes."""
+    """{(plan, tied): [{"losses": …, "gradients": …} of each rank]}, from one pair of processes."""
     return on_ranks(train_under_zero3, tmp_path_factory.mktemp("zero3"))
 
 
-@pytest.mark.parametrize(("plan", "tied", "fused"), CASES)
-def test_zero3_with_accumulation_gives_the_plain_gradients(plan, tied, fused, sharded_steps):
+@pytest.mark.parametrize(("plan", "tied"), CASES)
+def test_zero3_with_accumulation_gives_the_plain_gradients(plan, tied, sharded_steps):
     """Rank 1 has no target in any micro-batch; the loss is scaled behind the model."""
     expected = plain_steps(tied=tied)
-    for rank, got in enumerate(sharded_steps[plan, tied, fused]):
+    for rank, got in enumerate(sharded_steps[plan, tied]):
         assert got["losses"] == pytest.approx(expected["losses"][rank], rel=1e-5)
         assert got["gradients"].keys() == expected["gradients"].keys()
         for name, want in expected["gradients"].items():
@@ -126,28 +117,6 @@ def scale_of(micro: int) -> float:
     return (0.37, 0.11)[micro]
 
 
-def loss_with_the_weight_in_hand(hidden_TE, head, labels_T):
-    """As Liger's loss: the head's weight is read, and the head's own forward never called."""
-    return OneFunction.apply(hidden_TE, head.weight, labels_T)
-
-
-class OneFunction(torch.autograd.Function):
-    """As Liger's: gradients are made along with the loss and scaled in the backward."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        with torch.enable_grad():
-            h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-            loss = torch.nn.functional.cross_entropy(h @ w.T, labels, reduction="sum")
-            ctx.save_for_backward(*torch.autograd.grad(loss, (h, w)))
-        return loss.detach()
-
-    @staticmethod
-    def backward(ctx, scale):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return scale * hidden_grad, scale * weight_grad, None
-
-
 def train_under_zero3(rank: int) -> dict:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
@@ -163,12 +132,10 @@ def train_under_zero3(rank: int) -> dict:
         "zero_allow_untested_optimizer": True,
     }
     found = {}
-    for name, tied, fused in CASES:
+    for name, tied in CASES:
         model = make_model(tied=tied)
         apply_memory_plan(model, PLANS[name])
         whole = CausalLMWithLoss(model, fused=False)
-        if fused:
-            whole.sum_of_losses = loss_with_the_weight_in_hand
         optimizer = torch.optim.SGD(whole.parameters(), lr=0.0)
         engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
         step_losses = []
@@ -185,7 +152,7 @@ def train_under_zero3(rank: int) -> dict:
                         for n, p in engine.module.named_parameters()
                     }
                 engine.step()
-        found[name, tied, fused] = {"losses": step_losses, "gradients": gradients}
+        found[name, tied] = {"losses": step_losses, "gradients": gradients}
         engine.destroy()
     return found
 

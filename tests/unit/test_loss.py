@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from anchor_context import loss as loss_module
 from anchor_context.attention.patterns import make_layout
 from anchor_context.engine import make_engine
 from anchor_context.layout import IGNORE_INDEX
-from anchor_context.loss import CausalLMWithLoss, check_head
+from anchor_context.loss import CausalLMWithLoss, check_head, tiled_loss
 from anchor_context.models import set_attention
 
 TOKENS = 48
@@ -86,13 +90,72 @@ def test_a_rank_without_targets_gives_zero_and_zero_gradients():
 
 
 def test_no_logits_of_the_whole_row_exist(monkeypatch):
+    """Nor is anything as large as one tile's logits kept for the backward."""
+    monkeypatch.setattr(loss_module, "TILE_ENTRIES", 300 * 7)
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    hidden = torch.randn(2 * TOKENS, 8, requires_grad=True)
+    head = torch.nn.Linear(8, 300, bias=False)  # 300 × 8 entries, 96 × 300 logits in all
+    with Sizes():
+        tiled_loss(hidden, head, torch.randint(300, (2 * TOKENS,))).backward()
+    assert max(made) == 300 * 8
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shift", [0.0, 300.0])
+def test_the_loss_is_the_definition_in_float64(bias, shift, monkeypatch):
+    """Also for logits that would overflow without the shift by their largest."""
     monkeypatch.setattr(loss_module, "TILE_ENTRIES", 40 * 7)
-    model, batch = model_and_batch(tied=False)
-    rows = []
-    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[0]))
-    loss_sum, _ = CausalLMWithLoss(model, fused=False)(**batch)
-    loss_sum.backward()
-    assert max(rows) == 7 and sum(rows) == 2 * 2 * TOKENS  # forward, and once more in backward
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 40, bias=bias)
+    hidden = torch.randn(TOKENS, 16)
+    hidden[:, 0] += shift
+    labels = torch.randint(40, (TOKENS,))
+    labels[::5] = IGNORE_INDEX
+
+    exact_head, exact_hidden = deepcopy(head).double(), hidden.double().requires_grad_()
+    exact = cross_entropy(exact_head(exact_hidden), labels, reduction="sum")
+    (exact * 0.037).backward()
+    hidden.requires_grad_()
+    loss = tiled_loss(hidden, head, labels)
+    (loss * 0.037).backward()
+
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    pairs = [(hidden, exact_hidden), *zip(head.parameters(), exact_head.parameters(), strict=True)]
+    for ours, theirs in pairs:
+        assert ((ours.grad - theirs.grad).norm() / theirs.grad.norm()).item() < 1e-5
+
+
+def test_bfloat16_sums_in_float32(monkeypatch):
+    """The loss and the head's gradient of many tiles: rounding each tile's part would lose them."""
+    monkeypatch.setattr(loss_module, "TILE_ENTRIES", 40 * 4)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 40, bias=False).bfloat16()
+    hidden = torch.randn(4096, 16).bfloat16().requires_grad_()
+    labels = torch.randint(40, (4096,))
+    exact_head, exact_hidden = deepcopy(head).double(), hidden.detach().double()
+    exact = cross_entropy(exact_head(exact_hidden), labels, reduction="sum")
+    exact.backward()
+    loss = tiled_loss(hidden, head, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
+    assert head.weight.grad.dtype == hidden.grad.dtype == torch.bfloat16
+    error = (head.weight.grad - exact_head.weight.grad).norm() / exact_head.weight.grad.norm()
+    assert error < 4e-3  # bfloat16 itself keeps 2e-3
+
+
+def test_evaluation_makes_no_gradient():
+    head = torch.nn.Linear(16, 40, bias=False)
+    with torch.no_grad():
+        loss = tiled_loss(torch.randn(8, 16), head, torch.randint(40, (8,)))
+    assert not loss.requires_grad and loss > 0
 
 
 @pytest.mark.parametrize(
