@@ -8,7 +8,9 @@ Costs: everything is built by vectorised numpy in a worker process, ahead of the
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -148,15 +150,27 @@ def make_loader(
         num_workers=1,
         prefetch_factor=4,
         pin_memory=pin_memory,
-        worker_init_fn=_outlive_first_signal,
+        worker_init_fn=_heed_the_rank_alone,
         generator=torch.Generator(),  # else it draws from the global one, at every start and resume
     )
 
 
-def _outlive_first_signal(_worker: int) -> None:
-    """A scheduler signals data workers too, and the rank needs them to finish its step. A second one ends."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _frame: signal.signal(n, signal.SIG_DFL))
+def _heed_the_rank_alone(_worker: int) -> None:
+    """A scheduler signals data workers too, but their rank needs them to finish its step.
+
+    They end with it, or by its SIGTERM, which multiprocessing sends when a rank leaves by an error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def collate(prepared: PreparedRows, row_ids: np.ndarray, *, pattern: str) -> dict:

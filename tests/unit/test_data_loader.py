@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,3 +149,36 @@ def test_the_transform_runs_on_every_batch(prepared):
 
 def keep_the_first_half(batch: dict) -> dict:
     return batch | {"input_ids": batch["input_ids"][:, :32]}
+
+
+LEAVES_WITH_A_LOADER = """
+import os, signal, sys, time
+from anchor_context.data.loader import make_loader
+from anchor_context.data.rows import open_rows
+
+loader = make_loader(open_rows(sys.argv[1]), pattern="anchor", seed=0, batch_size=1, accumulation=1,
+                     data_rank=0, data_degree=1)
+batches = iter(loader)  # alive to the very end, as after an error
+next(batches)
+[worker] = [w.pid for w in batches._workers]
+if os.fork() == 0:  # somebody else, as a scheduler
+    os.kill(worker, signal.SIGTERM)
+    os._exit(0)
+os.wait()
+time.sleep(0.5)
+for _ in range(20):
+    next(batches)
+print("twenty more", flush=True)
+"""
+
+
+def test_a_worker_outlives_a_schedulers_signal_but_not_its_rank(prepared):
+    finished = subprocess.run(
+        [sys.executable, "-c", LEAVES_WITH_A_LOADER, str(prepared.directory)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.stdout == "twenty more\n", finished.stderr[-2000:]
+    assert finished.returncode == 0
