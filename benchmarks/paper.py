@@ -1,0 +1,532 @@
+"""The paper's ablation in small (arXiv 2411.13476): four patterns, two precisions, one longer context.
+
+    python benchmarks/paper.py                        # CPU: within ten minutes on two quiet cores
+    python benchmarks/paper.py --size gpu --seeds 0 1 # one GPU
+
+Per seed, a small LLaMA is trained from random weights on short rows (float32, `full`). From these weights
+every variant goes on with long rows, a RoPE base raised by the same factor, its own mask and positions,
+and the same AdamW:
+
+    patterns     full, intra_doc, intra_doc_reset, anchor
+    precisions   bf16     weights, forward and backward in bfloat16, RoPE's tables rounded to it as
+                          transformers does, frequencies float32; AdamW on float32 master weights (what
+                          DeepSpeed's bf16 does)
+                 float32  everything
+
+Guarantees: all variants of a seed read the same rows, byte for byte, in the same order. They take turns step
+by step, so that whatever else the machine does meets their times alike. `start` is the model before the
+extension, with its own base. Every model is evaluated in its own precision as plain causal attention
+behind a BOS, on prompts and held-out files that are the same for all (`paper_data.py` says what is in the
+text, and that a share of it asks for numbers that it hid).
+
+Reported, as mean and sample standard deviation over seeds: by length, how many hidden numbers are found
+(`needle`, `passkey`: all digits, greedily) and how many nats the number costs (`*_nats`: 0 is certainty;
+guessing is in the `ceiling`); perplexity by position; the median of all steps' seconds. And, as the paper's
+direct sign of what bfloat16 does to RoPE, `reset_gap`: how far the training losses of `intra_doc` and
+`intra_doc_reset` lie apart (mean over steps, nats). They are one computation in exact arithmetic. What is
+found is reported, whatever the order of the patterns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import hardware, mask_share, matmul_rate, print_json, print_table, seconds  # isort: skip
+import torch
+from matplotlib.figure import Figure
+from paper_data import Data, DataSize, make_data
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from anchor_context.data.loader import make_loader
+from anchor_context.data.packing import find_anchor_id
+from anchor_context.data.rows import PreparedRows
+from anchor_context.engine import make_engine
+from anchor_context.evaluation.perplexity import perplexity_rows, token_losses
+from anchor_context.evaluation.prompts import TASKS, Prompt
+from anchor_context.evaluation.retrieval import answer_prompts, greedy
+from anchor_context.loss import CausalLMWithLoss
+from anchor_context.models import set_attention
+from anchor_context.packed import layout_of_starts
+from anchor_context.rope.scaling import apply_rope_settings
+
+PATTERNS = ("full", "intra_doc", "intra_doc_reset", "anchor")
+PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}
+THETA = 10_000.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, its data and how long it trains. Learning rates are constant after a tenth of warm-up."""
+
+    data: DataSize
+    hidden: int
+    layers: int
+    heads: int
+    step_tokens: int
+    short_steps: int
+    long_steps: int
+    short_rate: float
+    long_rate: float
+    prompts_at_a_time: int
+
+
+SIZES = {
+    "cpu": Size(
+        DataSize(
+            short=256,
+            long=1024,
+            characters=1_500_000,
+            median_document=150,
+            questions_share=0.5,
+            vocabulary=1024,
+            depths=(10.0, 30.0, 50.0, 70.0, 90.0),
+            trials=4,
+            held_out_documents=16,
+        ),
+        hidden=64,
+        layers=2,
+        heads=4,
+        step_tokens=2048,
+        short_steps=1000,
+        long_steps=60,
+        short_rate=4e-3,
+        long_rate=1e-3,
+        prompts_at_a_time=20,
+    ),
+    "gpu": Size(
+        DataSize(
+            short=2048,
+            long=8192,
+            characters=20_000_000,
+            median_document=600,
+            questions_share=0.3,
+            vocabulary=8192,
+            depths=(0.0, 12.5, 25.0, 37.5, 50.0, 62.5, 75.0, 87.5, 100.0),
+            trials=6,
+            held_out_documents=64,
+        ),
+        hidden=512,
+        layers=8,
+        heads=8,
+        step_tokens=65_536,
+        short_steps=300,
+        long_steps=40,
+        short_rate=1e-3,
+        long_rate=3e-4,
+        prompts_at_a_time=9,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    on_cuda = torch.cuda.is_available()
+    parser.add_argument("--size", choices=SIZES, default="gpu" if on_cuda else "cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--plot", type=Path, help="PNG; default: benchmarks/results/paper-SIZE.png")
+    flags = parser.parse_args()
+    plot = flags.plot or Path(__file__).parent / "results" / f"paper-{flags.size}.png"
+    device, size = torch.device("cuda" if on_cuda else "cpu"), SIZES[flags.size]
+    transformers_logging.set_verbosity_error()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the loader's workers are warned about
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_data(size.data, Path(folder))
+        describe(data, size)
+        found = [run_seed(seed, data, size, device) for seed in flags.seeds]
+    results = aggregate(found)
+    show(results, size)
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    picture(results, size, title=hardware(device)).savefig(plot, dpi=120)
+    print(f"-> {plot}")
+    ceiling = {
+        "matmul_flops_per_second": {
+            name: matmul_rate(device, dtype) for name, dtype in PRECISIONS.items()
+        },
+        "anchor_mask_share": statistics.median(
+            mask_share(data.long.row(i).document_lengths(), pattern="anchor")
+            for i in range(len(data.long))
+        ),
+        "guessing_nats": {name: guessing_nats(task.digits) for name, task in TASKS.items()},
+    }
+    print_json("paper", device=device, ceiling=ceiling, results=results, seeds=flags.seeds)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+class Variant:
+    """One pattern in one precision: a model and its optimiser, `step(batch)` and `evaluated()`."""
+
+    def __init__(
+        self,
+        pattern: str,
+        precision: str,
+        config: LlamaConfig,
+        start: dict[str, Tensor] | None,
+        *,
+        device: torch.device,
+        rate: float,
+        warmup: int,
+    ):
+        """`start`: float32 weights, or None for random ones from torch's generator."""
+        self.pattern, self.precision, self.rate, self.warmup = (
+            pattern,
+            precision,
+            rate,
+            max(1, warmup),
+        )
+        dtype = PRECISIONS[precision]
+        # Built in its type, not cast: a cast would round RoPE's frequencies too.
+        self.model = LlamaForCausalLM._from_config(config, dtype=dtype).to(device).train()
+        if start is not None:
+            self.model.load_state_dict(start)
+        assert self.model.model.rotary_emb.inv_freq.dtype == torch.float32
+        # The flash kernels of CUDA take no float32.
+        engine = "flex" if device.type == "cuda" and dtype == torch.float32 else "flash"
+        set_attention(self.model, make_engine(engine, device=device, dtype=dtype).attend)
+        self.attention = self.model.config._attn_implementation
+        self.loss = CausalLMWithLoss(self.model, fused=False)
+        self.weights = list(self.model.parameters())
+        # The unrounded start, not the model's rounded copy of it.
+        self.masters = [
+            (p.detach() if start is None else start[name].to(device)).float().clone()
+            for name, p in self.model.named_parameters()
+        ]
+        self.optimizer = torch.optim.AdamW(
+            self.masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def step(self, batch: dict) -> None:
+        inputs = inputs_of(batch, self.pattern, self.masters[0].device)
+        self.seconds.append(seconds(lambda: self._step(inputs), self.masters[0].device))
+
+    def _step(self, inputs: dict) -> None:
+        loss_sum, targets = self.loss(**inputs)
+        loss = loss_sum / targets
+        loss.backward()
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        done = len(self.losses) + 1
+        self.optimizer.param_groups[0]["lr"] = self.rate * min(1.0, done / self.warmup)
+        self.optimizer.step()
+        with torch.no_grad():
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                weight.copy_(master)
+        self.losses.append(loss.item())
+
+    def evaluated(self) -> LlamaForCausalLM:
+        """The model with PyTorch's own causal attention."""
+        self.model.set_attn_implementation("sdpa")
+        return self.model.eval()
+
+
+def inputs_of(batch: dict, pattern: str, device: torch.device) -> dict:
+    """The model's arguments: tokens and labels of the batch, positions and mask of the pattern."""
+    starts = batch["layout"].cu_seqlens[:-1].numpy()
+    layout = layout_of_starts(
+        starts,
+        like=batch["input_ids"],
+        pattern=pattern,
+        anchor_placement="per_document" if pattern == "anchor" else "none",
+    ).to(device)
+    return {
+        "input_ids": batch["input_ids"].to(device),
+        "labels": batch["labels"].to(device),
+        "position_ids": layout.position_ids,
+        "layout": layout,
+    }
+
+
+def train(variants: list[Variant], rows: PreparedRows, *, steps: int, tokens: int, seed: int):
+    """Every variant takes every step, one after the other."""
+    loader = make_loader(
+        rows,
+        pattern="anchor",
+        seed=seed,
+        batch_size=tokens // rows.row_length,
+        accumulation=1,
+        data_rank=0,
+        data_degree=1,
+    )
+    for step, batch in zip(range(steps), loader, strict=False):
+        first = step % len(variants)  # nobody always follows the same one
+        for variant in variants[first:] + variants[:first]:
+            variant.step(batch)
+
+
+def run_seed(seed: int, data: Data, size: Size, device: torch.device) -> dict[tuple, dict]:
+    """{(pattern, precision): what was measured}, `start` among the patterns."""
+    torch.manual_seed(seed)
+    config = model_config(size, data.tokenizer)
+    first = Variant(
+        "full",
+        "float32",
+        config,
+        None,
+        device=device,
+        rate=size.short_rate,
+        warmup=size.short_steps // 10,
+    )
+    train([first], data.short, steps=size.short_steps, tokens=size.step_tokens, seed=seed)
+    start = {name: weight.detach().clone() for name, weight in first.model.state_dict().items()}
+    print(f"seed {seed}: short rows done, loss {first.losses[-1]:.3f}", flush=True)
+
+    variants = extended(config, start, size, device)
+    train(variants, data.long, steps=size.long_steps, tokens=size.step_tokens, seed=seed)
+    found = {("start", "float32"): evaluate(first.evaluated(), data, size)}
+    for variant in variants:
+        measured = evaluate(variant.evaluated(), data, size)
+        # The first steps warm up kernels and allocators.
+        measured |= {"losses": variant.losses, "seconds": variant.seconds[2:] or variant.seconds}
+        found[variant.pattern, variant.precision] = measured
+        print(
+            f"seed {seed}: {variant.pattern:16} {variant.precision:8} loss {variant.losses[-1]:.3f}",
+            flush=True,
+        )
+    return found
+
+
+def model_config(size: Size, tokenizer) -> LlamaConfig:
+    """Of the short phase."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 8 // 3 // 16 * 16,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=size.data.short,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def extended(
+    config: LlamaConfig, start: dict[str, Tensor], size: Size, device: torch.device
+) -> list[Variant]:
+    """All variants, at the start of the extension."""
+    config = LlamaConfig.from_dict(config.to_dict())
+    apply_rope_settings(
+        config, row_length=size.data.long, rope_theta=THETA * size.data.long / size.data.short
+    )
+    return [
+        Variant(
+            pattern,
+            precision,
+            config,
+            start,
+            device=device,
+            rate=size.long_rate,
+            warmup=size.long_steps // 10,
+        )
+        for precision in PRECISIONS
+        for pattern in PATTERNS
+    ]
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate(model: LlamaForCausalLM, data: Data, size: Size) -> dict[str, dict]:
+    """{measure: {length or positions: value}}."""
+    found: dict[str, dict] = {}
+    for task, prompts in data.prompts.items():
+        answers = answer_prompts(
+            greedy(model, pad_id=find_anchor_id(data.tokenizer)),
+            prompts,
+            data.tokenizer,
+            batch_size=size.prompts_at_a_time,
+        )
+        nats = answer_nats(model, prompts, data.tokenizer)
+        found[task] = mean_by((a.length, float(a.correct)) for a in answers)
+        found[f"{task}_nats"] = mean_by(
+            zip((prompt.length for prompt in prompts), nats, strict=True)
+        )
+    losses = [token_losses(model, document) for document in data.held_out]
+    found["perplexity"] = {
+        f"{row['first']}-{row['last']}": row["perplexity"]
+        for row in perplexity_rows(losses, [size.data.long])
+        if row["kind"] == "position"
+    }
+    return found
+
+
+def answer_nats(model: LlamaForCausalLM, prompts: list[Prompt], tokenizer) -> list[float]:
+    """What the hidden number costs each prompt: the summed loss of its tokens, behind the question."""
+    nats = []
+    for prompt in prompts:
+        answer = tokenizer(f" {prompt.answer}", add_special_tokens=False)["input_ids"]
+        losses = token_losses(model, torch.tensor(prompt.token_ids + answer))
+        nats.append(losses[-len(answer) :].sum().item())
+    return nats
+
+
+def guessing_nats(digits: int) -> float:
+    """The cost of a number of which only the digits' count is known."""
+    return math.log(9 * 10 ** (digits - 1))
+
+
+def mean_by(pairs: Iterator[tuple]) -> dict:
+    values: dict = {}
+    for key, value in pairs:
+        values.setdefault(key, []).append(value)
+    return {key: statistics.fmean(of_key) for key, of_key in values.items()}
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def aggregate(found: list[dict[tuple, dict]]) -> list[dict]:
+    """A result per variant from every seed's measurements: mean and spread of each, the median step."""
+    results = []
+    for pattern, precision in found[0]:
+        of_seeds = [seed[pattern, precision] for seed in found]
+        result = {"pattern": pattern, "precision": precision}
+        for measure in ("needle", "needle_nats", "passkey", "passkey_nats", "perplexity"):
+            result[measure] = {
+                key: mean_and_spread([measured[measure][key] for measured in of_seeds])
+                for key in of_seeds[0][measure]
+            }
+        if pattern != "start":
+            result["loss"] = mean_and_spread(
+                [statistics.fmean(m["losses"][-10:]) for m in of_seeds]
+            )
+            result["step_s"] = statistics.median(s for m in of_seeds for s in m["seconds"])
+            result["reset_gap"] = mean_and_spread([reset_gap(seed, precision) for seed in found])
+        results.append(result)
+    return results
+
+
+def mean_and_spread(values: list[float]) -> dict[str, float | None]:
+    """The mean and the sample standard deviation (None of a single value)."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "spread": spread}
+
+
+def reset_gap(seed: dict[tuple, dict], precision: str) -> float:
+    """Mean over steps of |loss of intra_doc − loss of intra_doc_reset|, in one seed and precision."""
+    pairs = zip(
+        seed["intra_doc", precision]["losses"],
+        seed["intra_doc_reset", precision]["losses"],
+        strict=True,
+    )
+    return statistics.fmean(abs(a - b) for a, b in pairs)
+
+
+def describe(data: Data, size: Size) -> None:
+    for rows, steps in ((data.short, size.short_steps), (data.long, size.long_steps)):
+        tokens = steps * size.step_tokens
+        report = rows.report
+        print(
+            f"{report['documents']:,} documents, {report['document_tokens']:,} tokens in {len(rows):,} "
+            f"rows of {rows.row_length:,}; {steps} steps of {size.step_tokens:,} tokens "
+            f"({tokens / len(rows) / rows.row_length:.1f} epochs)"
+        )
+    print(
+        f"{size.data.questions_share:.0%} of the text asks for numbers that it hid; "
+        f"{len(data.held_out)} held-out files; prompts per task and length: "
+        f"{len(size.data.depths) * size.data.trials}",
+        flush=True,
+    )
+
+
+def show(results: list[dict], size: Size) -> None:
+    names = {"pattern": [r["pattern"] for r in results], "type": [r["precision"] for r in results]}
+    lengths = size.data.lengths
+    for measure, title, digits in (
+        ("needle", "needle, share found, by length", 2),
+        ("needle_nats", "needle, nats for the number, by length", 2),
+        ("passkey", "passkey, share found, by length", 2),
+        ("passkey_nats", "passkey, nats for the number, by length", 2),
+    ):
+        print(f"\n{title}")
+        print_table(
+            names
+            | {
+                f"{length:,}": [cell(r[measure][length], digits) for r in results]
+                for length in lengths
+            }
+        )
+    print("\nperplexity by position")
+    positions = list(results[0]["perplexity"])
+    print_table(
+        names | {span: [cell(r["perplexity"][span], 1) for r in results] for span in positions}
+    )
+    print("\ntraining (loss: mean of the last ten steps; reset gap: intra_doc against its reset)")
+    trained = [r for r in results if r["pattern"] != "start"]
+    print_table(
+        {
+            "pattern": [r["pattern"] for r in trained],
+            "type": [r["precision"] for r in trained],
+            "loss": [cell(r["loss"], 3) for r in trained],
+            "step s": [f"{r['step_s']:.4f}" for r in trained],
+            "reset gap": [f"{r['reset_gap']['mean']:.1e}" for r in trained],
+        }
+    )
+
+
+def cell(value: dict[str, float | None], digits: int) -> str:
+    spread = "" if value["spread"] is None else f" ± {value['spread']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{spread}"
+
+
+def picture(results: list[dict], size: Size, *, title: str) -> Figure:
+    """Retrieval and its cost by length, and perplexity by position; one row of panels per precision."""
+    panels = {
+        "needle": ("share of numbers found", "prompt length (tokens)"),
+        "needle_nats": ("nats for the hidden number", "prompt length (tokens)"),
+        "perplexity": ("perplexity", "position of the predicted token"),
+    }
+    figure = Figure(figsize=(14, 8.4), layout="constrained")
+    figure.suptitle(f"from rows of {size.data.short:,} to {size.data.long:,} tokens · {title}")
+    axes_rows = figure.subplots(len(PRECISIONS), len(panels), sharey="col")
+    colours = dict(zip(("start", *PATTERNS), ("grey", "C3", "C1", "C2", "C0"), strict=True))
+    for precision, axes_row in zip(PRECISIONS, axes_rows, strict=True):
+        for (measure, (ylabel, xlabel)), axes in zip(panels.items(), axes_row, strict=True):
+            lines = [r for r in results if r["pattern"] == "start" or r["precision"] == precision]
+            for number, result in enumerate(lines):
+                values = list(result[measure].values())
+                # Side by side, for they often lie on each other.
+                places = [i + 0.06 * (number - len(lines) // 2) for i in range(len(values))]
+                axes.errorbar(
+                    places,
+                    [value["mean"] for value in values],
+                    yerr=[value["spread"] or 0.0 for value in values],
+                    label="before the extension"
+                    if result["pattern"] == "start"
+                    else result["pattern"],
+                    color=colours[result["pattern"]],
+                    linestyle="--" if result["pattern"] == "start" else "-",
+                    marker="o",
+                    markersize=4,
+                    capsize=3,
+                )
+            keys = list(lines[0][measure])
+            axes.set_xticks(range(len(keys)), [f"{key}" for key in keys], fontsize=8)
+            task = "" if measure == "perplexity" else "needle, "
+            axes.set(title=f"{task}{precision}", xlabel=xlabel, ylabel=ylabel)
+            if measure == "needle":
+                axes.set_ylim(-0.04, 1.04)
+            if measure == "needle_nats":
+                axes.axhline(guessing_nats(TASKS["needle"].digits), color="black", linestyle=":")
+            axes.grid(alpha=0.3)
+    handles, labels = axes_rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+if __name__ == "__main__":
+    main()
