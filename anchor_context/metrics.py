@@ -11,6 +11,7 @@ written every `--logging_steps`; their step time is then the mean over those ste
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ def plot_loss(metrics: Path, plot: Path) -> None:
     records = read_metrics(metrics)
     tokens = [record["tokens_seen"] for record in records]
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    line = axis.plot(tokens, [record["loss"] for record in records], color="C0", label="loss")
+    losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
+    line = axis.plot(tokens, losses, color="C0", label="loss")
     axis.set_xlabel("tokens seen")
     axis.set_ylabel("loss (nats per target token)")
     axis.grid(alpha=0.3)
@@ -131,7 +133,7 @@ def plot_loss(metrics: Path, plot: Path) -> None:
     rate_axis.set_ylabel("learning rate")
     rate_axis.set_ylim(bottom=0)
     axis.legend(handles=line, loc="upper right")
-    axis.set_title(f"{records[-1]['step']} steps, final loss {records[-1]['loss']:.3f}")
+    axis.set_title(f"{records[-1]['step']} steps, final loss {losses[-1]:.3f}")
     figure.savefig(plot, dpi=120)
     pyplot.close(figure)
 

@@ -65,9 +65,17 @@ class Run:
 
 @contextmanager
 def started(
-    tiny: Tiny, processes: int, output: Path, *flags: str, **environment: str
+    tiny: Tiny,
+    processes: int,
+    output: Path,
+    *flags: str,
+    hooks: Path | None = None,
+    **environment: str,
 ) -> Iterator[Run]:
-    """Start a run in float32 on rows of 128 tokens; what is left of it at the end is killed."""
+    """Start a run in float32 on rows of 128 tokens; what is left of it at the end is killed.
+
+    hooks: a folder whose `sitecustomize.py` every process runs first.
+    """
     log = output.with_name(output.name + ".log")
     command = [
         *(sys.executable, "-m", "anchor_context.launch"),
@@ -78,6 +86,8 @@ def started(
         *("--output-dir", str(output), "--resume", "auto", *flags),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    if hooks is not None:
+        environment["PYTHONPATH"] = f"{hooks}:{ROOT}"
     with log.open("w") as stream:
         launcher = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT
