@@ -387,6 +387,7 @@ def main(flags: Flags) -> None:
             output, flags, engine=engine, memory=memory, prepared=prepared, placement=placement
         )
         metrics = MetricsFile(output / "metrics.jsonl", keep_steps=step)
+        bad_record = MetricsFile(output / "bad_steps.jsonl", keep_steps=step)
         describe_run(flags, engine, memory, prepared, parameters, max_steps, rows_per_step)
         if checkpoint is not None:
             print(
@@ -478,7 +479,10 @@ def main(flags: Flags) -> None:
             if bad_in_a_row:
                 bad_steps += 1
                 if accelerator.is_main_process:
-                    record_bad_step(output, step, batch["step_rows"])
+                    bad_record.append({"step": step, "rows": batch["step_rows"]})
+                    tqdm.write(
+                        colored(f"step {step} skipped: its gradient is not finite", "yellow")
+                    )
             too_bad = bad_in_a_row >= flags.max_bad_steps
 
             stopped = guard.requested() or too_bad
@@ -803,14 +807,6 @@ def describe_step(record: dict) -> str:
         f"loss {loss}, lr {record['learning_rate']:.2e}, {record['tokens_per_second']:,.0f} tokens/s{mfu}, "
         f"{record['peak_memory_bytes'] / 2**30:.1f} GiB, data wait {record['data_wait_share']:.0%}"
     )
-
-
-def record_bad_step(output: Path, step: int, row_ids: list[int]) -> None:
-    """Append a step that was skipped, because its gradient was not finite, to `bad_steps.jsonl`."""
-    # From this step on, what stands there was written before a resume.
-    bad_steps = MetricsFile(output / "bad_steps.jsonl", keep_steps=step - 1)
-    bad_steps.append({"step": step, "rows": row_ids})
-    tqdm.write(colored(f"step {step} skipped: its gradient is not finite", "yellow"))
 
 
 def schedule_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:

@@ -199,7 +199,7 @@ def test_another_number_of_ranks_continues_the_same_run(
 
 @pytest.mark.slow
 def test_another_seed_is_another_run(undisturbed, corpus, cache, tmp_path):
-    flags = ("--seed", "43", "--max-train-steps", "3")
+    flags = ("--seed", "43", "--max-train-steps", "6")
     with started(corpus, 2, tmp_path / "run", *split(2), *flags, *cache) as run:
         run.finish(0)
     for got, same_seed in zip(metrics(tmp_path / "run"), metrics(undisturbed), strict=False):
