@@ -86,7 +86,7 @@ SIZES = {
             long=1024,
             characters=1_500_000,
             median_document=150,
-            questions_share=0.5,
+            questions_share=0.6,
             vocabulary=1024,
             depths=(10.0, 30.0, 50.0, 70.0, 90.0),
             trials=4,
@@ -97,7 +97,7 @@ SIZES = {
         heads=4,
         step_tokens=2048,
         short_steps=1000,
-        long_steps=60,
+        long_steps=40,
         short_rate=4e-3,
         long_rate=1e-3,
         prompts_at_a_time=20,
@@ -143,6 +143,10 @@ def main() -> None:
         data = make_data(size.data, Path(folder))
         describe(data, size)
         found = [run_seed(seed, data, size, device) for seed in flags.seeds]
+        share = statistics.median(
+            mask_share(data.long.row(i).document_lengths(), pattern="anchor")
+            for i in range(len(data.long))
+        )
     results = aggregate(found)
     show(results, size)
     plot.parent.mkdir(parents=True, exist_ok=True)
@@ -152,10 +156,7 @@ def main() -> None:
         "matmul_flops_per_second": {
             name: matmul_rate(device, dtype) for name, dtype in PRECISIONS.items()
         },
-        "anchor_mask_share": statistics.median(
-            mask_share(data.long.row(i).document_lengths(), pattern="anchor")
-            for i in range(len(data.long))
-        ),
+        "anchor_mask_share": share,
         "guessing_nats": {name: guessing_nats(task.digits) for name, task in TASKS.items()},
     }
     print_json("paper", device=device, ceiling=ceiling, results=results, seeds=flags.seeds)
@@ -308,6 +309,8 @@ def model_config(size: Size, tokenizer) -> LlamaConfig:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         max_position_embeddings=size.data.short,
+        # transformers' 0.02 is for thousands of channels; at 64 all scores would start at nothing.
+        initializer_range=size.hidden**-0.5,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

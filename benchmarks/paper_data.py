@@ -13,6 +13,7 @@ in masks and positions alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from anchor_context.evaluation.prompts import (
     TASKS,
     Haystack,
     Prompt,
+    Task,
     make_prompts,
     passkey_sentences,
     varied_sentences,
@@ -153,20 +155,39 @@ def mixed(pieces: list[str], tokenizer, share: float, row_length: int, seed: int
 
 
 def question_documents(seed: int, *, sentences: int) -> Iterator[str]:
-    """Endless documents of 1 … `sentences` sentences that hide up to `FACTS` numbers and ask for them."""
+    """Endless documents about as long as 1 … `sentences` sentences: of either task, and repeated lists.
+
+    The lists, in which half of the tokens can be copied, are what teaches so small a model to copy.
+    """
     rng = random.Random(f"questions {seed}")
-    for number in range(10**9):
-        task = TASKS[("needle", "passkey")[number % 2]]
-        needle = task.name == "needle"
-        filler = varied_sentences(rng.randrange(10**9)) if needle else passkey_sentences()
-        lines = list(islice(filler, rng.randint(1, sentences)))
-        keys = rng.sample(task.keys, rng.randint(1, min(FACTS, len(task.keys))))
-        hidden = {key: str(rng.randrange(10 ** (task.digits - 1), 10**task.digits)) for key in keys}
-        for key, value in hidden.items():
-            lines.insert(rng.randint(0, len(lines)), task.fact.format(key=key, number=value))
-        rng.shuffle(keys)
-        lines += [f"{task.question.format(key=key)} {hidden[key]}." for key in keys]
-        yield "".join(lines)
+    kinds = itertools.cycle((TASKS["needle"], TASKS["passkey"], None))
+    for task in kinds:
+        length = rng.randint(1, sentences)
+        yield repeated_list(rng, length) if task is None else asked(rng, task, length)
+
+
+def asked(rng: random.Random, task: Task, sentences: int) -> str:
+    """Filler that hides up to `FACTS` numbers, then asks for each of them and answers."""
+    needle = task.name == "needle"
+    filler = varied_sentences(rng.randrange(10**9)) if needle else passkey_sentences()
+    lines = list(islice(filler, sentences))
+    keys = rng.sample(task.keys, rng.randint(1, min(FACTS, len(task.keys))))
+    hidden = {key: number(rng, task.digits) for key in keys}
+    for key, value in hidden.items():
+        lines.insert(rng.randint(0, len(lines)), task.fact.format(key=key, number=value))
+    rng.shuffle(keys)
+    lines += [f"{task.question.format(key=key)} {hidden[key]}." for key in keys]
+    return "".join(lines)
+
+
+def repeated_list(rng: random.Random, length: int) -> str:
+    """About `length` numbers, and once more."""
+    numbers = " ".join(number(rng, rng.randint(5, 7)) for _ in range(length + 3))
+    return f" {numbers}. Again: {numbers}."
+
+
+def number(rng: random.Random, digits: int) -> str:
+    return str(rng.randrange(10 ** (digits - 1), 10**digits))
 
 
 def held_out_documents(texts: list[str], tokenizer, size: DataSize) -> list[Tensor]:
