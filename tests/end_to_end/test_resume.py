@@ -149,7 +149,7 @@ def test_ten_kills(undisturbed, corpus, tmp_path):
         "--cache_dir",
         str(cache),
     )
-    died_saving = reached = 0
+    reached = 0
     for kill, moment in enumerate(MOMENTS * 2):
         with started(corpus, 2, output, *flags) as run:
             if moment is in_preparation and kill:
@@ -157,13 +157,12 @@ def test_ten_kills(undisturbed, corpus, tmp_path):
                 cache.mkdir()
             moment(run, cache)
             run.kill()
-        died_saving += is_saving(output)
         if kill in DAMAGES and len(complete(output)) > 1:
             DAMAGES[kill](
                 complete(output)[-1] / "model" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
             )
         reached = max(reached, run.steps())
-    assert died_saving and 0 < reached < len(results(undisturbed))
+    assert 0 < reached < len(results(undisturbed))
     with started(corpus, 2, output, *flags) as run:
         run.finish(0)
     assert_same_run(output, undisturbed)
