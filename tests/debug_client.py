@@ -6,7 +6,7 @@ import json
 import socket
 from pathlib import Path
 
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 180  # Python runs slowly under a debugger
 
 
 class DebugClient:
