@@ -34,12 +34,13 @@ def main(arguments: list[str]) -> int:
     """Launch, wait, and return the exit code of the rank that failed first, or 0."""
     asked: list[int] = []  # the signals that came
 
-    def pass_on(number: int, _frame: object) -> None:
-        asked.append(number)
+    def pass_on(_number: int, _frame: object) -> None:
+        # Always as SIGTERM: a SIGINT before the first step would be Python's KeyboardInterrupt, code 1.
+        asked.append(signal.SIGTERM)
         ranks = psutil.Process().children()
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):  # it has just left
-                rank.send_signal(number)
+                rank.send_signal(signal.SIGTERM)
         if not ranks:
             sys.exit(EXIT_TRY_AGAIN)
 
