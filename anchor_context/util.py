@@ -84,6 +84,8 @@ def _listen(endpoint: str, port: int, *, force: bool) -> None:
         )
     import debugpy
 
+    # A data worker, forked later, would wait for an editor of its own, and the rank for the worker.
+    debugpy.configure(subProcess=False)
     debugpy.listen((address, port))
     server = _debug_server(port)
     if server is not None:

@@ -178,7 +178,8 @@ def test_remote_is_refused_unless_allowed(monkeypatch, port, endpoint):
         util._listen(endpoint, port, force=False)
     monkeypatch.setenv("DEBUGPY_ALLOW_REMOTE", "1")
     opened = []
-    monkeypatch.setitem(sys.modules, "debugpy", SimpleNamespace(listen=opened.append))
+    debugpy = SimpleNamespace(configure=lambda **_: None, listen=opened.append)
+    monkeypatch.setitem(sys.modules, "debugpy", debugpy)
     monkeypatch.setattr(util, "_is_free", lambda address, port: True)
     util._listen(endpoint, port, force=False)
     assert opened == [(endpoint, port)]
