@@ -293,8 +293,10 @@ def run_seed(seed: int, data: Data, size: Size, device: torch.device) -> dict[tu
         # The first steps warm up kernels and allocators.
         measured |= {"losses": variant.losses, "seconds": variant.seconds[2:] or variant.seconds}
         found[variant.pattern, variant.precision] = measured
+        nats = measured["needle_nats"][size.data.long]
         print(
-            f"seed {seed}: {variant.pattern:16} {variant.precision:8} loss {variant.losses[-1]:.3f}",
+            f"seed {seed}: {variant.pattern:16} {variant.precision:8} loss {variant.losses[-1]:.3f}, "
+            f"needle at {size.data.long:,}: {nats:.1f} nats",
             flush=True,
         )
     return found

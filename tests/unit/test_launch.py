@@ -1,4 +1,4 @@
-"""The launcher's exit code tells a scheduler what to do. (On whole runs: tests/end_to_end/test_signals.py.)"""
+"""The launcher's exit code tells a scheduler what to do. (Whole runs: tests/end_to_end/test_signals.py.)"""
 
 from __future__ import annotations
 
