@@ -1,30 +1,18 @@
-"""What the end-to-end tests share: a tiny model, real text, and a way to launch `train.py`."""
+"""What the end-to-end tests share: a tiny model, real text, and a way to launch `train.py`. Functions are
+in `runs.py`: a module named conftest is not one name (tests/gpu has another) to import from."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from runs import ROOT, Tiny, free_port
 
 from anchor_context.demo import standard_library_texts, tiny_llama, train_tokenizer
-
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """Files for small runs."""
-
-    model: Path
-    """A LLaMA with 4 heads over 2 key/value heads, and its tokenizer with BOS."""
-    documents: Path
-    """`{"text": …}` lines."""
 
 
 @pytest.fixture(scope="session")
@@ -81,17 +69,3 @@ def launch(tiny, row_cache):
         return finished
 
     return run
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output: Path) -> list[float]:
-    return [record["loss"] for record in metrics(output)]

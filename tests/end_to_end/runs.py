@@ -1,9 +1,11 @@
-"""Runs that tests disturb: started in the background, watched, signalled, killed."""
+"""Runs of `train.py` for tests: what they leave, and runs that are disturbed: watched, signalled, killed."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,10 +16,34 @@ from pathlib import Path
 
 import psutil
 import torch
-from conftest import ROOT, Tiny, free_port
 from safetensors.torch import load_file
 
+ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Files for small runs."""
+
+    model: Path
+    """A LLaMA with 4 heads over 2 key/value heads, and its tokenizer with BOS."""
+    documents: Path
+    """`{"text": …}` lines."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[float]:
+    return [record["loss"] for record in metrics(output)]
 
 
 @dataclass

@@ -9,8 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import metrics
-from runs import same, started, weights
+from runs import metrics, same, started, weights
 
 from anchor_context.checkpoint import verify_checkpoint
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import ROOT, free_port, metrics
-from runs import started
+from runs import ROOT, free_port, metrics, started
 
 from tests.debug_client import DebugClient
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import losses, metrics
+from runs import losses, metrics
 from transformers import AutoModelForCausalLM
 
 ROWS_PER_STEP = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import metrics
+from runs import metrics
 from sequence_rows import KINDS, ROW, write_rows
 from transformers import AutoTokenizer
 

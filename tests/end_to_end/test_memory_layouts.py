@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import losses
+from runs import ROOT, free_port, losses
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from anchor_context import loss as loss_module
@@ -28,7 +27,7 @@ from anchor_context.memory import MemoryPlan, apply_memory_plan
 from anchor_context.models import set_attention
 
 RANKS, ACCUMULATION, TOKENS, VOCABULARY = 2, 2, 96, 40
-ZERO3 = Path(__file__).parents[2] / "accelerate_configs/zero3.json"
+ZERO3 = ROOT / "accelerate_configs/zero3.json"
 PLANS = {
     "nothing": MemoryPlan("none", "", False, "", False, ""),
     "tiled": MemoryPlan("none", "", True, "", False, ""),
@@ -230,20 +229,17 @@ def test_offloaded_parameters_and_optimiser_train_alike(launch, tiny, row_cache,
 
 
 def launch_offloaded(processes: int, output: Path, tiny, row_cache: Path, *flags: str):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", "accelerate_configs/single_node_4gpu.yaml"),
-        *("--num_processes", str(processes), "--main_process_port", str(port), "train.py"),
+        *("--num_processes", str(processes), "--main_process_port", str(free_port()), "train.py"),
         *("--model_name_or_path", str(tiny.model), "--dataset", str(tiny.documents)),
         *("--seq-length", "256", "--learning-rate", "1e-3", "--mixed_precision", "no"),
         *("--output-dir", str(output), "--cache_dir", str(row_cache), *flags),
     ]
     return subprocess.run(
         command,
-        cwd=ZERO3.parents[1],
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -257,10 +253,7 @@ def launch_offloaded(processes: int, output: Path, tiny, row_cache: Path, *flags
 
 def on_ranks(function, folder: Path, *arguments) -> dict:
     """{case: [result of each rank]} of a `function(rank, *arguments)` that returns {case: result}."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(rank_main, (port, function, str(folder), arguments), nprocs=RANKS)
+    mp.spawn(rank_main, (free_port(), function, str(folder), arguments), nprocs=RANKS)
     results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
     return {case: [result[case] for result in results] for case in results[0]}
 

@@ -8,8 +8,7 @@ from itertools import pairwise
 
 import psutil
 import pytest
-from conftest import metrics
-from runs import started
+from runs import metrics, started
 
 A_MINUTE = 60
 ENDLESS = ("--max-train-steps", "100000")

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, losses
+from runs import ROOT, losses
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 RING = ("--parallel_mode", "ring_attn")

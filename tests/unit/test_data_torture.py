@@ -98,31 +98,35 @@ def test_a_gigabyte_is_prepared_in_bounded_memory(tmp_path, model, num_proc):
 
 
 def test_killed_at_random_moments_it_gives_the_same_rows(tmp_path, model):
-    data = tmp_path / "d.jsonl"
+    """Each kill waits until two more units are done, or the rows are being laid, and then a random while."""
+    data, cache = tmp_path / "d.jsonl", tmp_path / "killed"
     write_lines(data, megabytes=100)
-    begin = time.monotonic()
     finish(start(data, model, tmp_path / "undisturbed"))
-    whole = time.monotonic() - begin
     rng = random.Random(time.time_ns())
-    kills, resumed = 0, False
-    for attempt in range(6):
-        process = start(data, model, tmp_path / "killed", "--num_proc", str(1 + attempt % 2))
-        try:
-            process.wait(timeout=rng.uniform(0.3, 1.1) * whole)
-            break  # it was done before the moment came
-        except subprocess.TimeoutExpired:
-            workers = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            process.communicate()
-            kills += 1
-            _, alive = psutil.wait_procs(workers, timeout=30)
-            assert not alive, "workers outlive their parent"
-            resumed |= any((tmp_path / "killed").glob(".rows-*.work/*.npz"))
-    finish(start(data, model, tmp_path / "killed"))
-    assert kills and resumed, "no kill hit the preparation: the case says nothing"
-    killed, undisturbed = only_set(tmp_path / "killed"), only_set(tmp_path / "undisturbed")
+
+    def progress() -> tuple[int, bool]:
+        return len(list(cache.glob(".rows-*.work/*.npz"))), any(cache.glob(".rows-*.work/rows"))
+
+    kills_at = []
+    for attempt in range(5):
+        before, _ = progress()
+        process = start(data, model, cache, "--num_proc", str(1 + attempt % 2))
+        watched = psutil.Process(process.pid)
+        while process.poll() is None and progress() < (before + 2, False) and not progress()[1]:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        workers = watched.children(recursive=True) if watched.is_running() else []
+        if process.poll() is None:
+            kills_at.append(progress())
+        process.kill()
+        process.communicate()
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert not alive, "workers outlive their parent"
+    finish(start(data, model, cache))
+    assert any(units for units, _ in kills_at), "no kill hit the preparation: the case says nothing"
+    killed, undisturbed = only_set(cache), only_set(tmp_path / "undisturbed")
     assert file_bytes(killed) == file_bytes(undisturbed)
-    assert not list((tmp_path / "killed").glob(".*"))
+    assert not list(cache.glob(".*"))
 
 
 def test_one_document_of_200_megabytes(tmp_path, model):
