@@ -20,18 +20,23 @@ ENGINE=${ENGINE:-flash}
 DATA_FORMAT=${DATA_FORMAT:-raw_json}
 if [ "$GPUS" -gt 0 ]; then
     NPROC=${NPROC:-$GPUS} CONFIG=accelerate_configs/single_node.yaml PRECISION=bf16
-    # The tiny model has four heads: Ulysses splits them over at most four GPUs.
-    if [ -z "${MODEL:-}" ] && [ "$NPROC" -gt 4 ]; then NPROC=4; fi
 else
     NPROC=${NPROC:-2} CONFIG=accelerate_configs/cpu.yaml PRECISION=no
 fi
 
-if [ -e "$OUTPUT/args.json" ]; then
+if [ -e "$OUTPUT/args.json" ] && [[ " $* " != *" --resume"[\ =]* ]]; then
     echo "$OUTPUT holds an earlier run; nothing was resumed and nothing overwritten:"
     python -m anchor_context.summary "$OUTPUT"
-    echo "Continue it with    bash demo_llama.sh --resume auto   (and a larger MAX_STEPS)"
+    echo "Continue it with    MAX_STEPS=$((2 * MAX_STEPS)) bash demo_llama.sh --resume auto"
     echo "or start another    OUTPUT=output/another bash demo_llama.sh"
-    [[ " $* " == *" --resume "* ]] || exit 0
+    exit 0
+fi
+
+LAYOUT=(--parallel_mode "$PARALLEL_MODE")
+if [ -z "${MODEL:-}" ] && [ "$PARALLEL_MODE" = ulysses_attn ]; then
+    # The tiny model has four heads for Ulysses to split; what ranks are left over train other rows.
+    for degree in 1 2 4; do [ $((NPROC % degree)) -ne 0 ] || ULYSSES=$degree; done
+    LAYOUT+=(--ulysses_degree "$ULYSSES")
 fi
 if [ -z "${MODEL:-}" ] || [ -z "${DATASET:-}" ]; then
     [ -e output/demo_data/model/config.json ] || python -m anchor_context.demo output/demo_data
@@ -48,12 +53,13 @@ python -m anchor_context.launch --config_file "$CONFIG" --num_processes "$NPROC"
     --data-format "$DATA_FORMAT" \
     --seq-length "$SEQ_LENGTH" \
     --attn_engine "$ENGINE" \
-    --parallel_mode "$PARALLEL_MODE" \
+    "${LAYOUT[@]}" \
     --mixed_precision "$PRECISION" \
     --max-train-steps "$MAX_STEPS" \
     --learning-rate 4e-3 \
     --lr_scheduler_type cosine \
-    --warmup_steps 10 \
+    --warmup_steps "$((MAX_STEPS < 10 ? MAX_STEPS : 10))" \
+    --checkpoint_every "$MAX_STEPS" \
     --output-dir "$OUTPUT" \
     "$@"
 python -m anchor_context.summary "$OUTPUT"

@@ -14,18 +14,22 @@ _setup() {
         echo "setup: the active environment has what is needed ($(command -v python))"
         return
     fi
-    if [ ! -x "$root/.venv/bin/python" ]; then
+    if _satisfied "$root/.venv/bin/python" "${files[@]}"; then
+        source "$root/.venv/bin/activate"
+        echo "setup: using $root/.venv"
+        return
+    fi
+    if ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(command -v python3 || command -v python) || { echo "setup: no Python found" >&2; exit 1; }
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             { echo "setup: $python is older than Python 3.11; activate a newer one" >&2; exit 1; }
         echo "setup: making $root/.venv with $("$python" --version)"
-        "$python" -m venv "$root/.venv"
+        "$python" -m venv "$root/.venv" ||
+            { echo "setup: no virtual environment could be made (on Debian: apt install python3-venv)" >&2; exit 1; }
     fi
-    if ! _satisfied "$root/.venv/bin/python" "${files[@]}"; then
-        echo "setup: installing $* (once; a few minutes)"
-        for file in "${files[@]}"; do arguments+=(-r "$file"); done
-        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check packaging "${arguments[@]}"
-    fi
+    echo "setup: installing $* (once; a few minutes)"
+    for file in "${files[@]}"; do arguments+=(-r "$file"); done
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check packaging "${arguments[@]}"
     source "$root/.venv/bin/activate"
     echo "setup: using $root/.venv"
 }

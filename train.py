@@ -10,6 +10,8 @@ is in `anchor_context/attention/patterns.py`; follow a batch from `data/packing.
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import json
 import logging
 import math
@@ -18,14 +20,16 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
+import deepspeed
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
@@ -38,13 +42,20 @@ from transformers import (
     HfArgumentParser,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    get_scheduler,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
 )
 from transformers.utils import logging as transformers_logging
 
 from anchor_context.agreement import EXIT_TRY_AGAIN, PreemptionGuard, on_one_rank
 from anchor_context.attention.patterns import check_pattern
-from anchor_context.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from anchor_context.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    place_of_checkpoint,
+    save_checkpoint,
+)
 from anchor_context.data.loader import make_loader
 from anchor_context.data.packing import PreparedRows, prepare_rows
 from anchor_context.engine import Engine, default_anchor_placement, make_engine
@@ -239,9 +250,7 @@ def main(flags: Flags) -> None:
         placement = default_anchor_placement(flags.attention_pattern, flags.attn_engine)
     check_pattern(flags.attention_pattern, placement)
 
-    config = AutoConfig.from_pretrained(
-        flags.model_name_or_path, trust_remote_code=flags.trust_remote_code
-    )
+    config, tokenizer = load_config_and_tokenizer(flags)
     check_model(config, flags, grid)
     apply_rope_settings(
         config,
@@ -252,14 +261,14 @@ def main(flags: Flags) -> None:
         model_max_position_embeddings=flags.model_max_position_embeddings,
     )
     check_rope(config, grid)
-    tokenizer = AutoTokenizer.from_pretrained(
-        flags.model_name_or_path, trust_remote_code=flags.trust_remote_code
-    )
+    trackers = check_trackers(flags)
 
     # ----------------------------------------------------------------------------------------------
     # Distributed: Accelerate starts DeepSpeed; the grid says which rank holds which part of a row.
 
-    trackers = ["wandb"] * (flags.wandb is not None) + ["tensorboard"] * flags.tensorboard
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile its shared-memory reductions, which nothing here uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = Accelerator(
         mixed_precision=flags.mixed_precision,
         gradient_accumulation_steps=flags.gradient_accumulate_every,
@@ -297,7 +306,8 @@ def main(flags: Flags) -> None:
     )
 
     # ----------------------------------------------------------------------------------------------
-    # Data: documents are packed into rows once; afterwards the rows are memory-mapped.
+    # Data: documents are packed into rows once; afterwards the rows are memory-mapped. A checkpoint to
+    # resume from says how many of them are done, and so how many steps are left.
 
     prepared = prepare_rows(
         flags.dataset,
@@ -318,8 +328,11 @@ def main(flags: Flags) -> None:
         seed=flags.seed,
         num_proc=flags.num_proc,
     )
+    checkpoint = on_one_rank(accelerator, partial(find_checkpoint, output, flags.resume))
+    step, rows = (0, 0) if checkpoint is None else place_of_checkpoint(checkpoint)
     rows_per_step = flags.batch_size * flags.gradient_accumulate_every * grid.data_degree
-    max_steps = flags.max_train_steps or -(-len(prepared) // rows_per_step)
+    steps_left = max(0, -(-(len(prepared) - rows) // rows_per_step))  # of one epoch
+    max_steps = flags.max_train_steps or step + steps_left
     one_epoch = None if flags.max_train_steps else len(prepared)
 
     # ----------------------------------------------------------------------------------------------
@@ -347,35 +360,32 @@ def main(flags: Flags) -> None:
     model.train()
 
     # ----------------------------------------------------------------------------------------------
-    # Optimiser: AdamW under DeepSpeed ZeRO. The schedule counts optimiser steps, whatever the ranks.
+    # Optimiser: AdamW under DeepSpeed ZeRO.
 
     optimizer = torch.optim.AdamW(
         parameter_groups(model, weight_decay=flags.weight_decay),
         lr=flags.learning_rate,
         betas=(0.9, 0.95),
     )
-    scheduler = get_scheduler(
-        flags.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=flags.warmup_steps,
-        num_training_steps=max_steps,
-    )
     model = CausalLMWithLoss(model, fused=memory.liger)
     model, optimizer = accelerator.prepare(model, optimizer)
     check_rotary_precision(model)
 
     # ----------------------------------------------------------------------------------------------
-    # Resume: the checkpoint restores weights, optimiser and random states, and returns our own counts.
+    # Resume: the checkpoint restores weights, optimiser and random states, and returns our own counts. The
+    # schedule is a function of the step, whatever the ranks.
 
-    checkpoint = on_one_rank(accelerator, partial(find_checkpoint, output, flags.resume))
-    step = rows = tokens_seen = bad_steps = bad_in_a_row = 0
+    tokens_seen = bad_steps = bad_in_a_row = 0
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint)
-        step, rows, tokens_seen = state["steps"], state["rows"], state["tokens_seen"]
+        tokens_seen = state["tokens_seen"]
         bad_steps, bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
-        scheduler.load_state_dict(scheduler.state_dict() | state["schedule"])
-    if not flags.max_train_steps:
-        max_steps = step + max(0, -(-(len(prepared) - rows) // rows_per_step))
+        # A kill may have come between the checkpoint and the model of the same step.
+        if model_is_due(flags, step, max_steps) and not (output / f"step-{step}").exists():
+            save_model(accelerator, model, tokenizer, output / f"step-{step}", must=True)
+
+    # The optimiser that steps: with offload it is DeepSpeed's CPU Adam.
+    scheduler = make_schedule(flags, model.optimizer.optimizer, step=step, max_steps=max_steps)
 
     # ----------------------------------------------------------------------------------------------
     # The record of the run.
@@ -528,7 +538,6 @@ def main(flags: Flags) -> None:
                     "tokens_seen": tokens_seen,
                     "bad_steps": bad_steps,
                     "bad_in_a_row": bad_in_a_row,
-                    "schedule": schedule_state(scheduler),
                 }
                 saved = save_checkpoint(
                     accelerator,
@@ -621,7 +630,10 @@ def check_flags(flags: Flags) -> None:
 
 
 def check_output_is_free(output: Path, flags: Flags) -> None:
-    """Raise `ValueError` if another run lies in the output folder and nobody asked to continue it."""
+    """Raise `ValueError` if another run lies in the output folder and nobody asked to continue it.
+
+    A run with models but no checkpoint cannot be continued, and to start over would overwrite it.
+    """
     found = [
         name for name in ("args.json", "metrics.jsonl", "checkpoints") if (output / name).exists()
     ]
@@ -630,6 +642,33 @@ def check_output_is_free(output: Path, flags: Flags) -> None:
             f"--output-dir {output} holds another run ({', '.join(found)}); "
             "name another folder, or pass --resume auto to continue it"
         )
+    models = sorted(path.name for path in output.glob("step-*"))
+    if models and flags.resume == "auto" and not any(output.glob("checkpoints/checkpoint_*")):
+        raise ValueError(
+            f"--resume auto: {output} has models ({', '.join(models)}) but no checkpoint to continue "
+            "from; name another --output-dir, and pass --checkpoint_every to be able to continue that one"
+        )
+
+
+def load_config_and_tokenizer(flags: Flags) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Of the model to train. Raises `ValueError` where there are none."""
+    source = {"trust_remote_code": flags.trust_remote_code}
+    try:
+        return (
+            AutoConfig.from_pretrained(flags.model_name_or_path, **source),
+            AutoTokenizer.from_pretrained(flags.model_name_or_path, **source),
+        )
+    except (OSError, ValueError) as error:  # transformers raises both
+        raise ValueError(
+            f"--model_name_or_path {flags.model_name_or_path} cannot be loaded: {error}"
+        ) from error
+
+
+def check_trackers(flags: Flags) -> list[str]:
+    """Accelerate's names of the trackers asked for. It would leave out in silence what is not installed."""
+    if flags.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb needs the package: pip install wandb, or use --tensorboard")
+    return ["wandb"] * (flags.wandb is not None) + ["tensorboard"] * flags.tensorboard
 
 
 def plan_grid(flags: Flags) -> RankGrid:
@@ -665,6 +704,11 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
     """Raise `ValueError` for a model that the flags cannot train."""
     check_scores(config)
     check_head(config)
+    if getattr(config, "attention_dropout", 0):
+        raise ValueError(
+            f"the model's attention_dropout={config.attention_dropout} is not computed by the engines: "
+            "set it to 0 in its config.json"
+        )
     if grid.ulysses_degree > 1:
         check_heads(config.num_attention_heads, grid.ulysses_degree)
     window = getattr(config, "sliding_window", None)
@@ -693,8 +737,12 @@ def check_rotary_precision(model: torch.nn.Module) -> None:
     """RoPE's frequencies must be float32 whatever the weights are: rounding them to bfloat16 turns far
     positions by many radians (arXiv 2411.13476). DeepSpeed before 0.19.2 did round them."""
     for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+        if not name.endswith("inv_freq"):
+            continue
+        if buffer.dtype != torch.float32:
             raise RuntimeError(f"{name} is {buffer.dtype}, not float32, after accelerator.prepare")
+        if len(buffer) > 1 and buffer.equal(buffer.bfloat16().float()):
+            raise RuntimeError(f"{name} was rounded to bfloat16 on the way, and cast back")
 
 
 def parameter_groups(model: torch.nn.Module, *, weight_decay: float) -> list[dict]:
@@ -709,6 +757,23 @@ def parameter_groups(model: torch.nn.Module, *, weight_decay: float) -> list[dic
     ]
 
 
+def make_schedule(
+    flags: Flags, optimizer: torch.optim.Optimizer, *, step: int, max_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate after `step` steps of `max_steps`, by the flags alone."""
+    for group in optimizer.param_groups:  # a checkpoint brought the rate of its last step
+        group["lr"] = group["initial_lr"] = flags.learning_rate
+    warmup = {"num_warmup_steps": flags.warmup_steps, "last_epoch": step - 1}
+    if flags.lr_scheduler_type == "constant":
+        return get_constant_schedule_with_warmup(optimizer, **warmup)
+    schedules = {
+        "linear": get_linear_schedule_with_warmup,
+        "cosine": get_cosine_schedule_with_warmup,
+    }
+    make = schedules[flags.lr_scheduler_type]
+    return make(optimizer, num_training_steps=max_steps, **warmup)
+
+
 def record_run(
     output: Path,
     flags: Flags,
@@ -720,9 +785,6 @@ def record_run(
 ) -> None:
     """Write `args.json`: all that one needs to know to repeat the run."""
     packages = ("torch", "transformers", "accelerate", "deepspeed", "yunchang", "datasets")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     record = {
         "flags": asdict(flags) | {"anchor_placement": placement},
         "engine": engine.name,
@@ -732,9 +794,18 @@ def record_run(
         "memory": asdict(memory),
         "data": prepared.report,
         "versions": {name: metadata.version(name) for name in packages},
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": git_commit(),
     }
     (output / "args.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def git_commit() -> str | None:
+    """Of this checkout; None without git or outside a checkout."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return asked.stdout.strip() or None
 
 
 def describe_run(
@@ -809,11 +880,6 @@ def describe_step(record: dict) -> str:
     )
 
 
-def schedule_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
-    """What the schedule continues from, as JSON; its shape comes from the flags."""
-    return {key: scheduler.state_dict()[key] for key in ("last_epoch", "_step_count", "_last_lr")}
-
-
 def model_is_due(flags: Flags, step: int, max_steps: int) -> bool:
     """Whether to save a model to use: at the interval itself, and at the end."""
     if step == max_steps:
@@ -859,12 +925,48 @@ def save_model(
             )
 
 
+# --------------------------------------------------------------------------------------------------
+# The command line, and what it says when something is wrong.
+
+
+class FlagParser(HfArgumentParser):
+    """argparse, but what it finds wrong is a `ValueError` like every other mistake in a flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `python train.py --help` lists the flags")
+
+
+def parse_flags(arguments: list[str]) -> Flags:
+    """Raises `ValueError` for an unknown flag, a missing one, or a value that is not among the choices."""
+    parser = FlagParser(Flags, description=__doc__.splitlines()[0], allow_abbrev=False)
+    flags, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        parser.error(f"unknown: {' '.join(unknown)}{hint}")
+    return flags
+
+
+def end_with_error(error: ValueError) -> NoReturn:
+    """Print what the user can mend, once per machine, and exit with code 2.
+
+    A library's error is not ours to explain, and keeps its traceback. Most mistakes are found by all ranks
+    alike, so the others let the machine's first speak, and are ended by the launcher before they do, unless
+    the mistake is theirs alone.
+    """
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    here = Path(__file__).parent
+    if raised_in.parent != here and here / "anchor_context" not in raised_in.parents:
+        raise error
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    print(colored(f"error: {error}", "red"), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
-    parser = HfArgumentParser(Flags, description=__doc__.splitlines()[0], allow_abbrev=False)
     try:
-        (parsed,) = parser.parse_args_into_dataclasses()
-        main(parsed)
+        main(parse_flags(sys.argv[1:]))
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(colored(f"error: {error}", "red"), file=sys.stderr, flush=True)
-        sys.exit(2)
+        end_with_error(error)

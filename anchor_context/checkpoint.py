@@ -265,6 +265,12 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     return None
 
 
+def place_of_checkpoint(path: Path) -> tuple[int, int]:
+    """(optimiser steps, rows) done, of a checkpoint that `find_checkpoint` gave."""
+    content = _read_manifest(Path(path))
+    return content["steps"], content["rows"]
+
+
 def verify_checkpoint(path: Path) -> list[str]:
     """What is wrong with a checkpoint, a line per problem; empty if it is complete. Reads all of it."""
     path = Path(path)

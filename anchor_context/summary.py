@@ -19,13 +19,16 @@ def summary(output: Path) -> str:
     ]
     if records:
         speeds = sorted(record["tokens_per_second"] for record in records)
+        first, last = (_loss(records[end]) for end in (0, -1))
         lines += [
-            f"loss     {records[0]['loss']:.3f} -> {records[-1]['loss']:.3f} in {records[-1]['step']} steps",
+            f"loss     {first} -> {last} in {records[-1]['step']} steps",
             f"speed    {speeds[len(speeds) // 2]:,.0f} tokens/s (median)",
         ]
+    left_out = data["documents_left_out"]  # by --mixture or --upsample_long
+    kept = f"{left_out:,} documents left out by the sampling" if left_out else "all kept"
     lines.append(
-        f"data     {data['documents']:,} documents, all {data['document_tokens']:,} tokens kept "
-        f"in {data['rows']:,} rows ({data['skipped_documents']:,} documents skipped)"
+        f"data     {data['documents']:,} documents, {data['document_tokens']:,} tokens "
+        f"in {data['rows']:,} rows, {kept} ({data['skipped_documents']:,} bad ones skipped)"
     )
     models = sorted(output.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
     lines += [
@@ -34,6 +37,10 @@ def summary(output: Path) -> str:
         f"metrics  {output / 'metrics.jsonl'}",
     ]
     return "\n".join(lines)
+
+
+def _loss(record: dict) -> str:
+    return "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from runs import ROOT, free_port, losses
+from runs import ROOT, free_port, losses, metrics
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from anchor_context import loss as loss_module
@@ -226,6 +227,22 @@ def test_offloaded_parameters_and_optimiser_train_alike(launch, tiny, row_cache,
     got, expected = losses(tmp_path / "offloaded"), losses(tmp_path / "plain")
     assert len(got) == 4 and got[-1] < got[0]
     assert got == pytest.approx(expected, rel=1e-4)  # another Adam, rounding differently
+
+
+@pytest.mark.slow
+def test_an_offloaded_optimiser_resumes_its_schedule(tiny, row_cache, tmp_path):
+    """There the optimiser that steps is not the one that the script made: the rate must reach it."""
+    schedule = ("--max-train-steps", "6", "--lr_scheduler_type", "linear", "--warmup_steps", "2")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for output, more in ((whole, ()), (parts, ("--checkpoint_every", "3"))):
+        finished = launch_offloaded(2, output, tiny, row_cache, *schedule, *more)
+        assert finished.returncode == 0, finished.stdout[-6000:]
+    shutil.rmtree(parts / "checkpoints/checkpoint_6_12")
+    finished = launch_offloaded(2, parts, tiny, row_cache, *schedule, "--resume", "auto")
+    assert "3 steps" in finished.stdout and finished.returncode == 0, finished.stdout[-6000:]
+    assert losses(parts) == losses(whole)
+    rates = [record["learning_rate"] for record in metrics(parts)]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
 def launch_offloaded(processes: int, output: Path, tiny, row_cache: Path, *flags: str):

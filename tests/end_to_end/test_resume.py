@@ -199,6 +199,37 @@ def test_another_number_of_ranks_continues_the_same_run(
 
 
 @pytest.mark.slow
+def test_another_batch_gives_the_schedule_other_steps(undisturbed, corpus, cache, tmp_path):
+    """An epoch goes on with half the rows in a step: more steps are left, and the rate still falls to 0."""
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    for path in complete(output)[1:]:
+        shutil.rmtree(path)
+    half = ("--gradient-accumulate-every", "1", *SCHEDULE)
+    with started(corpus, 2, output, *half, *cache) as run:
+        run.finish(0)
+    steps, before = metrics(output), metrics(undisturbed)
+    assert sum(step["target_tokens"] for step in steps) == sum(s["target_tokens"] for s in before)
+    assert len(steps) > len(before)
+    rates = [step["learning_rate"] for step in steps[10:]]
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.02 * rates[0]
+
+
+@pytest.mark.slow
+def test_a_model_that_a_kill_prevented_is_saved_by_the_resume(corpus, cache, tmp_path):
+    """Between the last checkpoint and the model of the same step."""
+    output = tmp_path / "run"
+    flags = ("--max-train-steps", "2", "--checkpoint_every", "2", *cache)
+    with started(corpus, 2, output, *flags) as run:
+        run.finish(0)
+    saved = weights(output / "step-2")
+    shutil.rmtree(output / "step-2")
+    with started(corpus, 2, output, *flags) as run:
+        run.finish(0)
+    assert same(weights(output / "step-2"), saved)
+
+
+@pytest.mark.slow
 def test_another_seed_is_another_run(undisturbed, corpus, cache, tmp_path):
     flags = ("--seed", "43", "--max-train-steps", "6")
     with started(corpus, 2, tmp_path / "run", *split(2), *flags, *cache) as run:

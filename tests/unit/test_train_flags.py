@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import fields, replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, HfArgumentParser, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import train
@@ -27,9 +29,7 @@ UPSTREAM_LINE = (
 
 
 def parse(line: str) -> train.Flags:
-    return HfArgumentParser(train.Flags, allow_abbrev=False).parse_args_into_dataclasses(
-        line.split()
-    )[0]
+    return train.parse_flags(line.split())
 
 
 def test_every_flag_has_a_reader():
@@ -57,11 +57,24 @@ def test_upstreams_flag_line_parses_with_dashes_and_underscores(swap):
     train.check_flags(flags)
 
 
-def test_unknown_and_shortened_flags_are_refused(capsys):
-    for line in ("--sequence-length 4096", "--seq 4096", "--attn_engine ring"):
-        with pytest.raises((SystemExit, ValueError)) as error:
-            parse("--model_name_or_path m " + line)
-        assert line.split()[0] in capsys.readouterr().err + str(error.value)
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--sequence-length 4096", "unknown: --sequence-length 4096"),
+        ("--seq 4096", "unknown: --seq 4096"),
+        ("--seq-lenght 4096", "did you mean --seq-length?"),
+        ("--attn_engine ring", "--attn_engine.*choose from 'flash', 'flex'"),
+        ("--batch-size one", "--batch.size.*invalid int value: 'one'"),
+    ],
+)
+def test_unknown_shortened_and_wrong_flags_are_refused(line, says):
+    with pytest.raises(ValueError, match=says):
+        parse("--model_name_or_path m " + line)
+
+
+def test_a_missing_flag_is_named():
+    with pytest.raises(ValueError, match="--model_name_or_path"):
+        parse("--seq-length 4096")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +155,7 @@ def test_a_plain_python_start_says_how_to_launch(monkeypatch):
         ),
         (MistralConfig(sliding_window=512), {}, RankGrid(), "sliding_window=512"),
         (Gemma2Config(), {}, RankGrid(), "attn_logit_softcapping"),
+        (LlamaConfig(attention_dropout=0.1), {}, RankGrid(), "attention_dropout=0.1"),
     ],
 )
 def test_models_that_cannot_be_trained_so_are_refused(config, change, grid, says):
@@ -174,11 +188,79 @@ def test_an_output_folder_with_another_run_is_refused(tmp_path):
     train.check_output_is_free(tmp_path, replace(GOOD, resume="auto"))
 
 
+def test_a_finished_run_without_checkpoints_is_not_started_over(tmp_path):
+    """`--resume auto` would find nothing to continue, and overwrite it from step 1 on."""
+    (tmp_path / "step-120").mkdir()
+    with pytest.raises(ValueError, match="models \\(step-120\\) but no checkpoint"):
+        train.check_output_is_free(tmp_path, replace(GOOD, resume="auto"))
+    (tmp_path / "checkpoints/checkpoint_100_400").mkdir(parents=True)
+    train.check_output_is_free(tmp_path, replace(GOOD, resume="auto"))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    assert train.check_trackers(replace(GOOD, tensorboard=True)) == ["tensorboard"]
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        train.check_trackers(replace(GOOD, wandb="project"))
+
+
+def test_a_model_that_is_not_there_is_one_error(tmp_path):
+    with pytest.raises(ValueError, match=f"--model_name_or_path {tmp_path}/none cannot be loaded"):
+        train.load_config_and_tokenizer(replace(GOOD, model_name_or_path=f"{tmp_path}/none"))
+
+
+def test_every_rank_can_say_what_is_wrong(monkeypatch, capsys):
+    """Another rank's own mistake, as a host that lacks the data; the machine's first speaks first."""
+    waits = []
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", "9")
+    for local_rank, expected in (("0", []), ("1", [5])):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) as end:
+            fail(lambda: train.check_flags(replace(GOOD, batch_size=0)))
+        assert end.value.code == 2 and "error: --batch_size 0" in capsys.readouterr().err
+        assert waits == expected
+
+
+def test_a_librarys_error_keeps_its_traceback():
+    with pytest.raises(ValueError, match="Invalid literal"):
+        fail(lambda: Fraction("one"))
+
+
+def fail(work) -> None:
+    try:
+        work()
+    except ValueError as error:
+        train.end_with_error(error)
+
+
 def test_rounded_rotary_frequencies_are_caught():
     rotary = torch.nn.Sequential(LlamaRotaryEmbedding(LlamaConfig()))
     train.check_rotary_precision(rotary)
     with pytest.raises(RuntimeError, match="inv_freq is torch.bfloat16"):
         train.check_rotary_precision(rotary.to(torch.bfloat16))
+    with pytest.raises(RuntimeError, match="inv_freq was rounded"):
+        train.check_rotary_precision(rotary.to(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("cosine", [0, 0.5, *(0.5 + 0.5 * math.cos(math.pi * k / 8) for k in range(8))]),
+    ],
+)
+@pytest.mark.parametrize("resumed_at", [0, 1, 5])
+def test_the_schedule_is_a_function_of_the_step(kind, rates, resumed_at):
+    """With its warm-up, whatever the kind, and whatever rate a checkpoint brings."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.123)
+    flags = replace(GOOD, lr_scheduler_type=kind, warmup_steps=2, learning_rate=2e-5)
+    schedule = train.make_schedule(flags, optimizer, step=resumed_at, max_steps=10)
+    for expected in rates[resumed_at:]:
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-5 * expected)
+        optimizer.step()
+        schedule.step()
 
 
 def test_models_are_saved_at_the_interval_itself():
