@@ -1,4 +1,4 @@
-"""`bash demo_llama.sh`, as a user types it: it trains, says what it found the second time, and goes on if asked."""
+"""`bash demo_llama.sh` as a user types it: it trains, says later what it found, and goes on if asked."""
 
 from __future__ import annotations
 

@@ -49,6 +49,27 @@ def test_every_layout_gives_the_same_losses(name, launch, one_process, tmp_path)
             assert ours[key] == theirs[key]
 
 
+FLEX = ("--attn_engine", "flex")
+OTHER_ROWS = {  # name -> flags of one process, to which flex under Ulysses is compared
+    "shared anchor": FLEX,
+    "intra_doc": ("--attention_pattern", "intra_doc"),
+    "intra_doc_reset": ("--attention_pattern", "intra_doc_reset"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ROWS)
+def test_other_patterns_and_placements_give_the_same_losses_on_two_ranks(name, launch, tmp_path):
+    """One process, by flash where it can, and flex under Ulysses."""
+    flags = ("--max-train-steps", "4", *OTHER_ROWS[name])
+    launch(1, tmp_path / "1", *flags)
+    launch(2, tmp_path / "2", *flags, *FLEX, *ULYSSES)
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == 4 and two == pytest.approx(one, rel=1e-5)
+    record = json.loads((tmp_path / "2" / "args.json").read_text())
+    placement = "shared" if name == "shared anchor" else "none"
+    assert record["flags"]["anchor_placement"] == placement and record["engine"] == "flex"
+
+
 def test_a_run_leaves_its_record(one_process, tiny):
     output, printed = one_process
     assert losses(output)[-1] < losses(output)[0]
