@@ -353,7 +353,8 @@ class _RowLayer:
                 self.anchors_merged += brought and placement == "shared"
                 tokens = block.tokens[start:stop]
                 if tags is None:
-                    yield Body(tokens, 0, brought)
+                    # A copy: a slice that waits for its row would hold its shard's file open.
+                    yield Body(tokens.copy(), 0, brought)
                 else:
                     tag = tags[source]
                     yield Body(np.concatenate([tag, tokens]), len(tag), brought)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -272,6 +273,20 @@ def test_best_fit_cuts_no_document_that_fits_and_reports_the_padding(tmp_path):
     report = check_account(prepare(data, tmp_path, strategy="best_fit"))
     assert report["documents_cut"] == 1  # the one of 200
     assert check_account(prepare(data, tmp_path))["documents_cut"] > 1
+
+
+@pytest.mark.parametrize("strategy", ["concat", "best_fit"])
+def test_documents_of_many_shards_in_a_row_keep_no_file_open(tmp_path, monkeypatch, strategy):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 100)  # a shard per document
+    data = write_texts(tmp_path / "d.jsonl", ["abcd" * 20] * 60)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = sorted(set(range(1000)) - {int(name) for name in os.listdir("/dev/fd")})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[30], limits[1]))
+    try:
+        report = prepare(data, tmp_path, strategy=strategy, row_length=6000).report
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (report["documents"], report["rows"]) == (60, 1)
 
 
 def test_documents_of_nothing_but_an_anchor(tmp_path):
