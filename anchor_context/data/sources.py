@@ -277,11 +277,21 @@ def _table_rows(name: str, columns: list[str]) -> Iterator[Record]:
             table = table.select_columns([column for column in columns if column in known])
         # Few rows at once: a pre-tokenised row alone may be millions of Python integers.
         for batch in table.with_format("arrow").iter(batch_size=16):
-            for row in batch.to_pylist():
+            for row in _python_rows(batch):
                 number += 1
                 yield row
     except (OSError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         yield Broken(f"the file cannot be read beyond row {number}: {error}")
+
+
+def _python_rows(batch: pyarrow.Table) -> list[Record]:
+    """The rows as Python values; one that Python cannot hold (text that is not UTF-8) is a `Broken`."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            return [Broken(f"a value cannot be read: {error}")]
+        return [row for i in range(len(batch)) for row in _python_rows(batch.slice(i, 1))]
 
 
 def _train_split(name: str) -> object:

@@ -111,16 +111,15 @@ def _tokens_path(path: Path) -> Path:
 def _make_shard(unit: Unit, path: Path, reader: DocumentReader) -> int:
     documents = reader(unit)
     _write(_tokens_path(path), lambda file: np.save(file, documents.tokens))
-    names, source_ids = np.unique(np.array(documents.sources, dtype=np.str_), return_inverse=True)
-    skipped = json.dumps(documents.skipped).encode()
+    names = {name: i for i, name in enumerate(sorted(set(documents.sources)))}
+    note = {"sources": list(names), "skipped": documents.skipped}
     _write(
         path,
         lambda file: np.savez(
             file,
             lengths=documents.lengths,
-            names=names,
-            source_ids=source_ids.astype(np.int32),
-            skipped=np.frombuffer(skipped, np.uint8),
+            source_ids=np.array([names[name] for name in documents.sources], np.int32),
+            note=np.frombuffer(json.dumps(note).encode(), np.uint8),
         ),
     )
     return len(documents.lengths)
@@ -134,6 +133,11 @@ def _write(path: Path, write) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def _note(shard: np.lib.npyio.NpzFile) -> dict:
+    """What a shard says in words, as JSON: NumPy's strings lose a NUL at their end."""
+    return json.loads(shard["note"].tobytes())
 
 
 def _documents_in(path: Path) -> int:
@@ -165,10 +169,11 @@ class TokenStore:
         lengths, source_ids, first, skipped = [], [], [0], 0
         for shard in range(self.shards):
             with np.load(shard_path(self.directory, shard)) as arrays:
-                mine = [numbers.setdefault(str(name), len(numbers)) for name in arrays["names"]]
+                note = _note(arrays)
+                mine = [numbers.setdefault(name, len(numbers)) for name in note["sources"]]
                 lengths.append(arrays["lengths"].astype(np.int32))
                 source_ids.append(np.array(mine, np.int32)[arrays["source_ids"]])
-                skipped += len(json.loads(arrays["skipped"].tobytes()))
+                skipped += len(note["skipped"])
             first.append(first[-1] + len(lengths[-1]))
         empty = [np.zeros(0, np.int32)]
         return (
@@ -202,7 +207,7 @@ class TokenStore:
         """The records left out, in the order of the data."""
         for shard in range(self.shards):
             with np.load(shard_path(self.directory, shard)) as arrays:
-                yield from json.loads(arrays["skipped"].tobytes())
+                yield from _note(arrays)["skipped"]
 
     def blocks(self, order: np.ndarray) -> Iterator[Block]:
         """The documents numbered `order`, in that order, as runs of one shard each."""
