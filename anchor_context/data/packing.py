@@ -139,7 +139,8 @@ def prepare_rows(
         num_proc: processes that tokenise.
 
     Raises:
-        ValueError: bad data (names file and line), a bad option, no document at all.
+        ValueError: bad data (names file and line), a bad option, an anchor or EOS outside the
+            vocabulary, no document at all.
     """
     options = Options(
         data_format=data_format,
@@ -164,6 +165,13 @@ def prepare_rows(
     anchor_id = find_anchor_id(tokenizer)
     if data_format == "raw_json" and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token to end a document with; set its eos_token")
+    for token in (anchor_id, tokenizer.eos_token_id if data_format == "raw_json" else anchor_id):
+        if token >= vocab_size:
+            raise ValueError(
+                f"the tokenizer's {tokenizer.convert_ids_to_tokens(token)} has the id {token}, outside the "
+                f"model's vocabulary of {vocab_size}: the tokenizer belongs to another model, or was "
+                "extended; resize the model's embedding, or set bos_token and eos_token to tokens inside"
+            )
     inputs = find_inputs(names)
     fingerprint = {
         "format_version": FORMAT_VERSION,
@@ -255,7 +263,9 @@ def lay_rows(
     for leftover in (unfinished, target):  # of a preparation that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     length, placement = options.row_length, options.anchor_placement
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else anchor_id
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= options.vocab_size:  # a `[PAD]` added without an embedding
+        pad_id = anchor_id
     order = _laying_order(store, options)
     layer = _RowLayer(options, anchor_id, pad_id)
     writer = RowsWriter(unfinished, length)

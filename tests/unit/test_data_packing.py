@@ -216,6 +216,29 @@ def test_a_tokenizer_with_neither_bos_nor_eos_is_refused(tmp_path):
         prepare(data, tmp_path, tokenizer=tokenizer)
 
 
+def test_padding_lies_inside_the_models_vocabulary(tmp_path):
+    tokenizer = byte_tokenizer(words=("[PAD]",))
+    tokenizer.pad_token = "[PAD]"
+    pad = tokenizer.pad_token_id
+    data = write_texts(tmp_path / "d.jsonl", ["ab"])
+    for vocab_size, expected in ((pad, BOS), (pad + 1, pad)):
+        prepared = prepare(data, tmp_path, tokenizer=tokenizer, vocab_size=vocab_size)
+        assert prepared.pad_id == expected and prepared.pad_counts.tolist() == [60]
+        assert (prepared.row(0).tokens[4:-1] == expected).all()
+
+
+@pytest.mark.parametrize("token", ["bos_token", "eos_token"])
+def test_an_anchor_or_eos_outside_the_vocabulary_is_no_fault_of_the_data(tmp_path, token):
+    tokenizer = byte_tokenizer(words=("<new>",))
+    setattr(tokenizer, token, "<new>")
+    new = tokenizer.convert_tokens_to_ids("<new>")
+    data = write_texts(tmp_path / "d.jsonl", ["ab"])
+    options = {"tokenizer": tokenizer, "skip_bad_documents": True}
+    with pytest.raises(ValueError, match=f"<new> has the id {new}, outside .* vocabulary of {new}"):
+        prepare(data, tmp_path, vocab_size=new, **options)
+    assert prepare(data, tmp_path, vocab_size=new + 1, **options).report["documents"] == 1
+
+
 def test_a_domain_tag_is_seen_but_no_target(tmp_path):
     texts = [b'{"text": "hello", "set": "web"}', b'{"text": "xy", "set": "a book"}']
     data = write_texts(tmp_path / "d.jsonl", texts)
