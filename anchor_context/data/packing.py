@@ -22,7 +22,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +56,10 @@ FORMAT_VERSION = 1
 class Options:
     """Everything but the data and the tokenizer that shapes the rows."""
 
-    data_format: str
     vocab_size: int
     row_length: int
     anchor_placement: str
+    data_format: str = "raw_json"
     skip_bad_documents: bool = False
     text_column: str = "text"
     source_column: str | None = None
@@ -95,6 +95,20 @@ class Options:
                 raise ValueError(f"{flag} needs --source_column, to know each document's source")
 
 
+SHAPING_FLAGS = {
+    "--data-format": "data_format",
+    "--text_column": "text_column",
+    "--source_column": "source_column",
+    "--packing": "strategy",
+    "--upsample_long": "upsample_long",
+    "--mixture": "mixture",
+    "--interleave_chunks": "interleave_chunks",
+    "--domain_tag": "domain_tag",
+}
+"""What a prepared set that is named as the data must have been made with, if it is asked for. Not the seed,
+which orders the rows of training too, nor `--skip_bad_documents`: no bad record is left to skip."""
+
+
 def prepare_rows(
     dataset: list[str] | str,
     *,
@@ -122,7 +136,7 @@ def prepare_rows(
 
     Args:
         dataset: files, globs, folders, `save_to_disk` directories, hub names (`sources.find_inputs`),
-            or one prepared set.
+            or one prepared set, which options left at their defaults accept as it is.
         data_format: "raw_json" (a text per record) or "tokenized" (`input_ids` and `source` ends).
         tokenizer: the model's transformers tokenizer.
         vocab_size: rows of the model's embedding; larger token ids are refused.
@@ -235,17 +249,23 @@ def _open_given(path: Path, options: Options, tokenizer) -> PreparedRows:
     """A prepared set that was named as the data: it must be what this run needs."""
     prepared = open_rows(path)
     made = prepared.manifest["fingerprint"]
-    for flag, have, want in (
+    needed = [
         ("--seq-length", prepared.row_length, options.row_length),
         ("--anchor_placement", prepared.anchor_placement, options.anchor_placement),
         ("the tokenizer", made["tokenizer"], tokenizer_hash(tokenizer)),
         ("the vocabulary", made["options"]["vocab_size"], options.vocab_size),
         ("the format version", made["format_version"], FORMAT_VERSION),
-    ):
+    ]
+    default = {option.name: option.default for option in fields(Options)}
+    for flag, name in SHAPING_FLAGS.items():
+        if (want := getattr(options, name)) != default[name]:
+            needed.append((flag, made["options"][name], want))
+    for flag, have, want in needed:
         if have != want:
             raise ValueError(
                 f"{path} was prepared for another run: {flag} is {want} here and {have} there; "
-                "prepare it again, or run with what it was prepared for"
+                + ("leave the flag out, or " if flag in SHAPING_FLAGS else "")
+                + "prepare it again, or run with what it was prepared for"
             )
     return prepared
 

@@ -458,6 +458,36 @@ def test_a_prepared_set_is_a_dataset(tmp_path):
         prepare(made.directory, tmp_path, tokenizer=byte_tokenizer(words=("hello",)))
 
 
+@pytest.mark.parametrize(
+    ("flag", "option", "value"),
+    [
+        ("--data-format", "data_format", "tokenized"),
+        ("--text_column", "text_column", "body"),
+        ("--source_column", "source_column", "other"),
+        ("--packing", "strategy", "best_fit"),
+        ("--upsample_long", "upsample_long", "5@10"),
+        ("--mixture", "mixture", "web=1"),
+        ("--interleave_chunks", "interleave_chunks", True),
+        ("--domain_tag", "domain_tag", True),
+    ],
+)
+def test_a_prepared_set_is_not_taken_for_what_it_is_not(tmp_path, flag, option, value):
+    data = write_texts(
+        tmp_path / "d.jsonl", ["hello there", "b" * 90], set="web", body="a", other="b"
+    )
+    plain = prepare(data, tmp_path, source_column="set")
+    needs = {"source_column": "set", "seed": 7, "skip_bad_documents": True}
+    assert prepare(plain.directory, tmp_path, **needs).directory == plain.directory
+    with pytest.raises(
+        ValueError, match=f"{flag} is {value} here and .* there; leave the flag out"
+    ):
+        prepare(plain.directory, tmp_path, **needs | {option: value})
+    if option != "data_format":
+        made = prepare(data, tmp_path, **needs | {option: value})
+        for options in ({}, needs | {option: value}):
+            assert prepare(made.directory, tmp_path, **options).directory == made.directory
+
+
 def test_an_unfinished_set_is_not_trusted(tmp_path):
     data = write_texts(tmp_path / "d.jsonl", ["hello there"])
     made = prepare(data, tmp_path)
