@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -119,6 +120,28 @@ def test_an_unknown_hub_name_is_an_error_not_a_crash(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
     with pytest.raises(ValueError, match="some/name is neither a file nor a data set"):
         prepare("some/name", tmp_path)
+
+
+def test_a_hub_data_set_is_read_at_the_commit_that_the_fingerprint_names(tmp_path, monkeypatch):
+    texts = {"sha-1": "hello", "sha-2": "jello"}
+    newest = "sha-1"
+
+    def load_dataset(name, *, streaming, revision=None):
+        assert name == "some/name" and streaming
+        table = datasets.Dataset.from_dict({"text": [texts[revision or "sha-2"]]})
+        return {"train": table.to_iterable_dataset()}
+
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info", lambda *_: SimpleNamespace(sha=newest)
+    )
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    first = prepare("some/name", tmp_path)
+    assert BYTES.decode(first.row(0).tokens[1:6]) == "hello"  # the hub is at sha-2 by now
+    assert first.manifest["fingerprint"]["data"] == [{"hub": "some/name", "commit": "sha-1"}]
+    newest = "sha-2"
+    second = prepare("some/name", tmp_path)
+    assert BYTES.decode(second.row(0).tokens[1:6]) == "jello"
+    assert second.directory != first.directory
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
