@@ -132,7 +132,7 @@ def prepare_rows(
     """The data set as rows of `row_length` tokens: prepared now, or opened if that was done before.
 
     Safe to call from all ranks at once: the first to take the lock prepares, the others wait. A
-    preparation that was killed goes on where it was.
+    preparation that was killed, or stopped by an error, goes on where it was.
 
     Args:
         dataset: files, globs, folders, `save_to_disk` directories, hub names (`sources.find_inputs`),
@@ -193,15 +193,15 @@ def prepare_rows(
         "tokenizer": tokenizer_hash(tokenizer),
         "options": asdict(options),
     }
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    target = cache_dir / f"rows-{row_length}-{digest[:16]}"
+    target = cache_dir / f"rows-{row_length}-{_digest(fingerprint)}"
+    attempt = cache_dir / f"rows-{row_length}-{_digest(_attempt(fingerprint))}"
 
-    with FileLock(f"{target}.lock"):
+    with FileLock(f"{attempt}.lock"):
         if is_prepared(target):
             return open_rows(target)
-        work = cache_dir / f".{target.name}.work"
+        work = cache_dir / f".{attempt.name}.work"
         reader = DocumentReader(
             tokenizer, data_format, vocab_size, text_column, source_column, skip_bad_documents
         )
@@ -218,6 +218,22 @@ def prepare_rows(
         lay_rows(store, work / "rows", target, options, tokenizer, anchor_id, fingerprint)
         shutil.rmtree(work)
         return open_rows(target)
+
+
+def _digest(description: dict) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _attempt(fingerprint: dict) -> dict:
+    """What stays when a preparation that an error stopped is tried again, the error's remedy applied.
+
+    Its work folder goes by this: shards of records that did not change are there already.
+    """
+    options = fingerprint["options"]
+    return fingerprint | {
+        "data": [entry.get("path") or entry["hub"] for entry in fingerprint["data"]],
+        "options": {k: options[k] for k in options if k not in ("skip_bad_documents", "mixture")},
+    }
 
 
 def find_anchor_id(tokenizer) -> int:

@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_samples import (
     BOS,
@@ -423,6 +425,66 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_rows(tmp_path, monkeypa
     assert len(calls) - before == units - done  # only what was missing
     assert file_bytes(resumed) == file_bytes(undisturbed)
     assert [p.name for p in (tmp_path / "killed").glob(".*")] == []
+
+
+@pytest.fixture
+def units_read(monkeypatch):
+    """Units of 500 bytes; the list grows by each that is tokenised."""
+    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    read, units = DocumentReader.__call__, []
+
+    def recorded(self, unit):
+        documents = read(self, unit)
+        units.append(unit)
+        return documents
+
+    monkeypatch.setattr(DocumentReader, "__call__", recorded)
+    return units
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_after_a_repair_only_what_changed_is_tokenised_again(tmp_path, units_read, kind):
+    texts = [f"text {i} " * (i % 40 + 1) for i in range(60)]
+
+    def write(texts: list[str]) -> Path:
+        if kind == "jsonl":
+            return write_texts(tmp_path / "d.jsonl", texts)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet")
+        return tmp_path / "d.parquet"
+
+    data, cache = write([*texts[:50], "", *texts[50:]]), tmp_path / "c"
+    with pytest.raises(ValueError, match=r"(line|row) 51: `text` is empty"):
+        prepare(data, cache)
+    done = len(units_read)
+    assert done > 5
+    units_read.clear()
+    texts[3] = texts[3].swapcase()  # as long as before
+    repaired = prepare(write([*texts[:50], "x", *texts[50:]]), cache)
+    assert list(cache.glob(".*")) == []
+    again = len(units_read)
+    units_read.clear()
+    undisturbed = prepare(data, tmp_path / "undisturbed")
+    assert file_bytes(repaired) == file_bytes(undisturbed)
+    assert again == len(units_read) - done + 1  # the one of text 3
+
+
+def test_after_an_error_other_flags_find_what_is_tokenised(tmp_path, units_read):
+    texts = [f"text {i} " * (i % 40 + 1) for i in range(60)]
+    data, cache = write_texts(tmp_path / "d.jsonl", [*texts, ""], set="web"), tmp_path / "c"
+    options = {"source_column": "set"}
+    with pytest.raises(ValueError, match="line 61"):
+        prepare(data, cache, mixture="wbe=1", **options)
+    done = len(units_read)
+    options["skip_bad_documents"] = True
+    with pytest.raises(ValueError, match="--mixture names"):
+        prepare(data, cache, mixture="wbe=1", **options)
+    assert len(units_read) == done + 1
+    with pytest.raises(ValueError, match="line 61"):  # what was skipped is not taken for clean
+        prepare(data, cache, mixture="web=1", source_column="set")
+    prepared = prepare(data, cache, mixture="web=1", **options)
+    assert len(units_read) == done + 1 and list(cache.glob(".*")) == []
+    undisturbed = prepare(data, tmp_path / "undisturbed", mixture="web=1", **options)
+    assert file_bytes(prepared) == file_bytes(undisturbed)
 
 
 def prepare_and_tell(data, cache, queue):
