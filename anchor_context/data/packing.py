@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from termcolor import colored
 from tqdm import tqdm
 
 from anchor_context.attention.patterns import ANCHOR_PLACEMENTS
@@ -35,6 +37,7 @@ from anchor_context.data.documents import DATA_FORMATS, DocumentReader
 from anchor_context.data.interleaving import interleave
 from anchor_context.data.rows import (
     DOCUMENT_LENGTHS,
+    FORMAT_VERSION,
     NO_TOKEN,
     PreparedRows,
     Row,
@@ -48,8 +51,8 @@ from anchor_context.data.strategies import STRATEGIES, Body, Piece
 
 __all__ = ["PreparedRows", "open_rows", "prepare_rows"]
 
-FORMAT_VERSION = 1
-"""Counts up when prepared rows change for the same data and options."""
+SHARE_TOLERANCE = 0.01
+"""How far sampling may move a source's share, relative to it, before a warning says so."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,6 @@ def _open_given(path: Path, options: Options, tokenizer) -> PreparedRows:
         ("--anchor_placement", prepared.anchor_placement, options.anchor_placement),
         ("the tokenizer", made["tokenizer"], tokenizer_hash(tokenizer)),
         ("the vocabulary", made["options"]["vocab_size"], options.vocab_size),
-        ("the format version", made["format_version"], FORMAT_VERSION),
     ]
     default = {option.name: option.default for option in fields(Options)}
     for flag, name in SHAPING_FLAGS.items():
@@ -303,6 +305,8 @@ def lay_rows(
     if pad_id is None or pad_id >= options.vocab_size:  # a `[PAD]` added without an embedding
         pad_id = anchor_id
     order = _laying_order(store, options)
+    shares = _source_shares(store, order)
+    _warn_of_moved_shares(shares, options)
     layer = _RowLayer(options, anchor_id, pad_id)
     writer = RowsWriter(unfinished, length)
     pack = {"concat": strategies.concat, "best_fit": strategies.best_fit}[options.strategy]
@@ -332,7 +336,8 @@ def lay_rows(
         "strategy": options.strategy,
         "anchors_merged": layer.anchors_merged,
         "tag_tokens": layer.tag_tokens,
-        "sources": _tokens_per_source(store, order),
+        "sources": dict(zip(store.sources, _tokens_per_source(store, order).tolist(), strict=True)),
+        "source_shares": shares,
     }
     laid = report["document_tokens"] + report["anchors_added"] + report["pad_tokens"]
     assert laid == writer.rows * length, report
@@ -359,11 +364,41 @@ def _laying_order(store: TokenStore, options: Options) -> np.ndarray:
     return sampling.laying_order(times)
 
 
-def _tokens_per_source(store: TokenStore, order: np.ndarray) -> dict[str, int]:
-    """Tokens of the documents laid, by source; as read, without anchors and tags."""
+def _tokens_per_source(store: TokenStore, order: np.ndarray) -> np.ndarray:
+    """(sources,) int64: tokens of these documents; as read, without anchors and tags."""
     count = len(store.sources)
     tokens = np.bincount(store.source_ids[order], weights=store.lengths[order], minlength=count)
-    return dict(zip(store.sources, tokens.astype(int).tolist(), strict=True))
+    return tokens.astype(np.int64)
+
+
+def _source_shares(store: TokenStore, order: np.ndarray) -> dict[str, dict[str, float]]:
+    """Each source's share of the tokens, `before` sampling and `after`."""
+    before, after = (
+        (tokens / tokens.sum()).tolist()
+        for tokens in (
+            _tokens_per_source(store, np.arange(len(store.lengths))),
+            _tokens_per_source(store, order),
+        )
+    )
+    return {name: {"before": before[i], "after": after[i]} for i, name in enumerate(store.sources)}
+
+
+def _warn_of_moved_shares(shares: dict[str, dict[str, float]], options: Options) -> None:
+    """Say where sampling missed a source's share: documents are laid whole, and some are huge."""
+    if options.mixture is None:
+        wanted = {name: share["before"] for name, share in shares.items()}
+    else:
+        wanted = sampling.parse_mixture(options.mixture)
+    off = {name: abs(shares[name]["after"] - wanted[name]) for name in wanted}
+    moved = [name for name in off if off[name] > SHARE_TOLERANCE * wanted[name]]
+    if moved:
+        worst = max(moved, key=off.get)
+        message = (
+            f"sampling moved the share of {len(moved)} of {len(shares)} sources by more than "
+            f"{SHARE_TOLERANCE:.0%}: {worst} has {shares[worst]['after']:.1%} of the tokens instead of "
+            f"{wanted[worst]:.1%}; its documents are too few or too long to be sampled finer"
+        )
+        print(colored(message, "yellow"), file=sys.stderr, flush=True)
 
 
 def _tags(sources: list[str], tokenizer) -> list[np.ndarray]:

@@ -561,6 +561,15 @@ def test_an_unfinished_set_is_not_trusted(tmp_path):
     assert file_bytes(prepare(data, tmp_path)) == whole
 
 
+def test_a_set_of_another_format_is_refused(tmp_path):
+    made = prepare(write_texts(tmp_path / "d.jsonl", ["hello there"]), tmp_path)
+    manifest = json.loads((made.directory / "manifest.json").read_text())
+    manifest["fingerprint"]["format_version"] = 1
+    (made.directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"prepared in format 1, .*prepare it again"):
+        prepare(made.directory, tmp_path)
+
+
 def test_the_manifest_says_what_was_made(tmp_path):
     data = write_texts(tmp_path / "d.jsonl", ["hello there", "b" * 90])
     prepared = prepare(data, tmp_path)
