@@ -827,11 +827,20 @@ def describe_run(
         f"data     {data['documents']:,} documents, {data['document_tokens']:,} tokens -> "
         f"{data['rows']:,} rows of {flags.seq_length:,} (+{data['anchors_added']:,} anchors, "
         f"+{data['pad_tokens']:,} padding, {data['skipped_documents']:,} documents skipped)",
+        *describe_sources(data["source_shares"]),
         f"steps    {max_steps:,} of {rows_per_step} rows, "
         f"{rows_per_step * flags.seq_length:,} tokens each "
         f"({max_steps * rows_per_step / data['rows']:.2f} epochs)",
     ]
     print(colored("\n".join(lines), "green"), flush=True)
+
+
+def describe_sources(shares: dict[str, dict[str, float]]) -> list[str]:
+    """A line with each source's share of the tokens, as read and as laid; none for a single source."""
+    largest = sorted(shares, key=lambda name: -shares[name]["after"])[:8]
+    told = [f"{n} {shares[n]['before']:.1%} -> {shares[n]['after']:.1%}" for n in largest]
+    more = [f"{len(shares) - 8:,} more"] * (len(shares) > 8)
+    return [f"sources  {', '.join(told + more)}"] * (len(shares) > 1)
 
 
 def finish_record(

@@ -30,7 +30,16 @@ MEDIAN, SIGMA = 1339, 1.0
 """Tokens in a document: log-normal, as web text is."""
 PLACEMENT = {"anchor": "per_document"}
 """Where a pattern has its anchors; others have none."""
-PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "liger-kernel", "flash-attn", "triton")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "deepspeed",
+    "numpy",
+    "liger-kernel",
+    "flash-attn",
+    "triton",
+)
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -2,68 +2,33 @@
 
     python benchmarks/packing.py [--megabytes 32] [--row_length 65536]
 
-Documents are the Python standard library's source files, over and over; the tokenizer is a byte-level
-BPE trained on them. Everything runs in one process; the tokenizer uses its own threads, for itself and
-inside `prepare` alike. Rates are per second of processor time, all threads together: what one core
-does, whatever else the machine does. The clock's rates stand beside them. `tokens_kept` is the share of
-the documents' tokens that lie in rows.
+Documents are the demo's, the Python standard library's source files, over and over; the tokenizer is a
+byte-level BPE trained on them. Everything runs in one process; the tokenizer uses its own threads, for
+itself and inside `prepare` alike. Rates are per second of processor time, all threads together: what one
+core does, whatever else the machine does. The clock's rates stand beside them. `tokens_kept` is the share
+of the documents' tokens that lie in rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+import torch
+from common import print_json, print_table
 from transformers import PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from anchor_context.data.documents import token_ids
 from anchor_context.data.loader import collate
 from anchor_context.data.packing import PreparedRows, prepare_rows
+from anchor_context.demo import standard_library_texts, train_tokenizer
 
 REPEATS = 3
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def standard_library_texts() -> list[str]:
-    """The source files of the Python standard library."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return [text for file in files if (text := file.read_text(errors="replace"))]
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=8192,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=1 << 60
-    )
 
 
 def seconds(run: Callable[[], object]) -> np.ndarray:
@@ -82,8 +47,8 @@ def main() -> None:
     parser.add_argument("--row_length", type=int, default=65536, help="tokens")
     args = parser.parse_args()
 
-    library = standard_library_texts()
-    tokenizer = train_tokenizer(library)
+    library = standard_library_texts(at_most_characters=4 << 20)
+    tokenizer = train_tokenizer(library, vocab_size=8192)
     texts, size = [], 0
     while size < args.megabytes << 20:
         texts.append(library[len(texts) % len(library)])
@@ -92,28 +57,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), texts, tokenizer, row_length=args.row_length)
 
-    print(f"{'stage':<20}{'million tokens/s':>18}{'by the clock':>14}{'tokens kept':>13}")
-    for line in results:
-        kept = "" if line["tokens_kept"] is None else f"{line['tokens_kept']:.1%}"
-        rate, clock = line["tokens_per_second"], line["tokens_per_second_by_the_clock"]
-        print(f"{line['stage']:<20}{rate / 1e6:>18.2f}{clock / 1e6:>14.2f}{kept:>13}")
+    print_table(
+        {
+            "stage": [line["stage"] for line in results],
+            "million tokens/s": [f"{line['tokens_per_second'] / 1e6:.2f}" for line in results],
+            "by the clock": [
+                f"{line['tokens_per_second_by_the_clock'] / 1e6:.2f}" for line in results
+            ],
+            "tokens kept": [
+                "" if line["tokens_kept"] is None else f"{line['tokens_kept']:.1%}"
+                for line in results
+            ],
+        }
+    )
     rates = {line["stage"]: line["tokens_per_second"] for line in results}
     share = rates["prepare raw_json"] / rates["bare tokenizer"]
     print(f"prepare runs at {share:.0%} of the bare tokenizer")
-    print(
-        json.dumps(
-            {
-                "benchmark": "packing",
-                "hardware": f"{processor()}, {os.cpu_count()} cores",
-                "versions": {
-                    name: metadata.version(name)
-                    for name in ("numpy", "torch", "tokenizers", "transformers")
-                },
-                "command": " ".join(["python", *sys.argv]),
-                "ceiling": {"bare_tokenizer_tokens_per_second": rates["bare tokenizer"]},
-                "results": results,
-            }
-        )
+    print_json(
+        "packing",
+        device=torch.device("cpu"),
+        ceiling={"bare_tokenizer_tokens_per_second": rates["bare tokenizer"]},
+        results=results,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 from anchor_context.data.packing import open_rows, prepare_rows
+from anchor_context.data.rows import source_lines
 
 
 @dataclass
@@ -110,6 +111,7 @@ def prepare(flags: PrepareFlags) -> None:
     for key, value in prepared.report.items():
         if not isinstance(value, dict):
             print(f"{key:<20} {value:,}" if isinstance(value, int) else f"{key:<20} {value}")
+    print("", *source_lines(prepared.report), "", sep="\n")
     print(f"prepared rows: {prepared.directory}")
 
 

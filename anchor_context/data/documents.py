@@ -113,12 +113,7 @@ class DocumentReader:
             raise BadRecord(f"`{self.text_column}` is {_kind(text)}, not a string")
         if not text:
             raise BadRecord(f"`{self.text_column}` is empty")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadRecord(
-                f"`{self.text_column}` has half a character (a lone surrogate) at {error.start}"
-            ) from None
+        check_characters(text, self.text_column)
         return text, self._source(record)
 
     def _source(self, record: dict) -> str:
@@ -127,6 +122,7 @@ class DocumentReader:
         source = _column(record, self.source_column)
         if not isinstance(source, str | int) or isinstance(source, bool):
             raise BadRecord(f"`{self.source_column}` is {_kind(source)}, not a name")
+        check_characters(str(source), self.source_column)
         return str(source)
 
     def _texts(self, good: list, skipped: list) -> tuple[list[np.ndarray], list[int], list[str]]:
@@ -225,24 +221,33 @@ def _kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def check_characters(text: str, column: str) -> None:
+    """Raise `BadRecord` for text that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(
+            f"`{column}` has half a character (a lone surrogate) at {error.start}"
+        ) from None
+
+
 def token_array(ids: object) -> np.ndarray:
     """A list of token ids -> (tokens,) int32. Raises `BadRecord` unless it is one, and not empty."""
     if not isinstance(ids, list) or not ids:
         raise BadRecord(
             "`input_ids` is empty" if ids == [] else f"`input_ids` is {_kind(ids)}, not a list"
         )
-    try:
-        array = np.array(ids)
-    except (ValueError, OverflowError):  # a list of lists of different lengths
-        array = None
-    if array is None or array.ndim != 1 or array.dtype != np.int64:
-        odd = next((i for i, v in enumerate(ids) if type(v) is not int), None)
-        what = (
-            f"{str(ids[odd])[:40]!r} at index {odd}"
-            if odd is not None
-            else "numbers beyond 64 bits"
+    if set(map(type, ids)) != {int}:  # NumPy would take `true` for 1
+        odd = next(i for i, value in enumerate(ids) if type(value) is not int)
+        raise BadRecord(
+            f"`input_ids` must be whole numbers, but has {str(ids[odd])[:40]!r} at index {odd}"
         )
-        raise BadRecord(f"`input_ids` must be whole numbers, but has {what}")
+    try:
+        array = np.array(ids, np.int64)
+    except OverflowError:
+        raise BadRecord(
+            "`input_ids` has numbers beyond 64 bits, outside every vocabulary"
+        ) from None
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
         index = int(np.argmax((array < 0) | (array > np.iinfo(np.int32).max)))
         raise BadRecord(f"token id {array[index]} at index {index} is outside every vocabulary")

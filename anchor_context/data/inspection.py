@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from anchor_context.attention.patterns import PATTERNS, attended_pairs
-from anchor_context.data.rows import DOCUMENT_LENGTHS, PreparedRows, Row
+from anchor_context.data.rows import DOCUMENT_LENGTHS, PreparedRows, Row, source_lines
 from anchor_context.layout import IGNORE_INDEX
 
 ROWS_MEASURED = 2000
@@ -96,10 +96,7 @@ class Inspection:
         for low, high, count in zip(edges[:-1], edges[1:], documents, strict=True):
             bar = "█" * round(40 * count / documents.max())
             lines.append(f"{low:>11,} – {high - 1:<11,} {count:>11,} {bar}")
-        lines += ["", "source                          tokens"]
-        total = sum(report["sources"].values())
-        for source, tokens in sorted(report["sources"].items(), key=lambda item: -item[1]):
-            lines.append(f"{source[:24]:<24} {tokens:>14,}  {tokens / total:.1%}")
+        lines += ["", *source_lines(report)]
         lines += ["", "pattern            share of full attention's work"]
         lines += [f"{pattern:<16} {share:>8.2%}" for pattern, share in self.mask_share.items()]
         lines += [

@@ -20,13 +20,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from termcolor import colored
 from tqdm import tqdm
 
 from anchor_context.attention.patterns import ANCHOR_PLACEMENTS
@@ -35,6 +37,7 @@ from anchor_context.data.documents import DATA_FORMATS, DocumentReader
 from anchor_context.data.interleaving import interleave
 from anchor_context.data.rows import (
     DOCUMENT_LENGTHS,
+    FORMAT_VERSION,
     NO_TOKEN,
     PreparedRows,
     Row,
@@ -48,18 +51,18 @@ from anchor_context.data.strategies import STRATEGIES, Body, Piece
 
 __all__ = ["PreparedRows", "open_rows", "prepare_rows"]
 
-FORMAT_VERSION = 1
-"""Counts up when prepared rows change for the same data and options."""
+SHARE_TOLERANCE = 0.01
+"""How far sampling may move a source's share, relative to it, before a warning says so."""
 
 
 @dataclass(frozen=True)
 class Options:
     """Everything but the data and the tokenizer that shapes the rows."""
 
-    data_format: str
     vocab_size: int
     row_length: int
     anchor_placement: str
+    data_format: str = "raw_json"
     skip_bad_documents: bool = False
     text_column: str = "text"
     source_column: str | None = None
@@ -95,6 +98,20 @@ class Options:
                 raise ValueError(f"{flag} needs --source_column, to know each document's source")
 
 
+SHAPING_FLAGS = {
+    "--data-format": "data_format",
+    "--text_column": "text_column",
+    "--source_column": "source_column",
+    "--packing": "strategy",
+    "--upsample_long": "upsample_long",
+    "--mixture": "mixture",
+    "--interleave_chunks": "interleave_chunks",
+    "--domain_tag": "domain_tag",
+}
+"""What a prepared set that is named as the data must have been made with, if it is asked for. Not the seed,
+which orders the rows of training too, nor `--skip_bad_documents`: no bad record is left to skip."""
+
+
 def prepare_rows(
     dataset: list[str] | str,
     *,
@@ -118,11 +135,11 @@ def prepare_rows(
     """The data set as rows of `row_length` tokens: prepared now, or opened if that was done before.
 
     Safe to call from all ranks at once: the first to take the lock prepares, the others wait. A
-    preparation that was killed goes on where it was.
+    preparation that was killed, or stopped by an error, goes on where it was.
 
     Args:
         dataset: files, globs, folders, `save_to_disk` directories, hub names (`sources.find_inputs`),
-            or one prepared set.
+            or one prepared set, which options left at their defaults accept as it is.
         data_format: "raw_json" (a text per record) or "tokenized" (`input_ids` and `source` ends).
         tokenizer: the model's transformers tokenizer.
         vocab_size: rows of the model's embedding; larger token ids are refused.
@@ -139,7 +156,8 @@ def prepare_rows(
         num_proc: processes that tokenise.
 
     Raises:
-        ValueError: bad data (names file and line), a bad option, no document at all.
+        ValueError: bad data (names file and line), a bad option, an anchor or EOS outside the
+            vocabulary, no document at all.
     """
     options = Options(
         data_format=data_format,
@@ -164,6 +182,13 @@ def prepare_rows(
     anchor_id = find_anchor_id(tokenizer)
     if data_format == "raw_json" and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token to end a document with; set its eos_token")
+    for token in (anchor_id, tokenizer.eos_token_id if data_format == "raw_json" else anchor_id):
+        if token >= vocab_size:
+            raise ValueError(
+                f"the tokenizer's {tokenizer.convert_ids_to_tokens(token)} has the id {token}, outside the "
+                f"model's vocabulary of {vocab_size}: the tokenizer belongs to another model, or was "
+                "extended; resize the model's embedding, or set bos_token and eos_token to tokens inside"
+            )
     inputs = find_inputs(names)
     fingerprint = {
         "format_version": FORMAT_VERSION,
@@ -171,15 +196,15 @@ def prepare_rows(
         "tokenizer": tokenizer_hash(tokenizer),
         "options": asdict(options),
     }
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    target = cache_dir / f"rows-{row_length}-{digest[:16]}"
+    target = cache_dir / f"rows-{row_length}-{_digest(fingerprint)}"
+    attempt = cache_dir / f"rows-{row_length}-{_digest(_attempt(fingerprint))}"
 
-    with FileLock(f"{target}.lock"):
+    with FileLock(f"{attempt}.lock"):
         if is_prepared(target):
             return open_rows(target)
-        work = cache_dir / f".{target.name}.work"
+        work = cache_dir / f".{attempt.name}.work"
         reader = DocumentReader(
             tokenizer, data_format, vocab_size, text_column, source_column, skip_bad_documents
         )
@@ -196,6 +221,22 @@ def prepare_rows(
         lay_rows(store, work / "rows", target, options, tokenizer, anchor_id, fingerprint)
         shutil.rmtree(work)
         return open_rows(target)
+
+
+def _digest(description: dict) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _attempt(fingerprint: dict) -> dict:
+    """What stays when a preparation that an error stopped is tried again, the error's remedy applied.
+
+    Its work folder goes by this: shards of records that did not change are there already.
+    """
+    options = fingerprint["options"]
+    return fingerprint | {
+        "data": [entry.get("path") or entry["hub"] for entry in fingerprint["data"]],
+        "options": {k: options[k] for k in options if k not in ("skip_bad_documents", "mixture")},
+    }
 
 
 def find_anchor_id(tokenizer) -> int:
@@ -227,17 +268,22 @@ def _open_given(path: Path, options: Options, tokenizer) -> PreparedRows:
     """A prepared set that was named as the data: it must be what this run needs."""
     prepared = open_rows(path)
     made = prepared.manifest["fingerprint"]
-    for flag, have, want in (
+    needed = [
         ("--seq-length", prepared.row_length, options.row_length),
         ("--anchor_placement", prepared.anchor_placement, options.anchor_placement),
         ("the tokenizer", made["tokenizer"], tokenizer_hash(tokenizer)),
         ("the vocabulary", made["options"]["vocab_size"], options.vocab_size),
-        ("the format version", made["format_version"], FORMAT_VERSION),
-    ):
+    ]
+    default = {option.name: option.default for option in fields(Options)}
+    for flag, name in SHAPING_FLAGS.items():
+        if (want := getattr(options, name)) != default[name]:
+            needed.append((flag, made["options"][name], want))
+    for flag, have, want in needed:
         if have != want:
             raise ValueError(
                 f"{path} was prepared for another run: {flag} is {want} here and {have} there; "
-                "prepare it again, or run with what it was prepared for"
+                + ("leave the flag out, or " if flag in SHAPING_FLAGS else "")
+                + "prepare it again, or run with what it was prepared for"
             )
     return prepared
 
@@ -255,8 +301,12 @@ def lay_rows(
     for leftover in (unfinished, target):  # of a preparation that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     length, placement = options.row_length, options.anchor_placement
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else anchor_id
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= options.vocab_size:  # a `[PAD]` added without an embedding
+        pad_id = anchor_id
     order = _laying_order(store, options)
+    shares = _source_shares(store, order)
+    _warn_of_moved_shares(shares, options)
     layer = _RowLayer(options, anchor_id, pad_id)
     writer = RowsWriter(unfinished, length)
     pack = {"concat": strategies.concat, "best_fit": strategies.best_fit}[options.strategy]
@@ -286,7 +336,8 @@ def lay_rows(
         "strategy": options.strategy,
         "anchors_merged": layer.anchors_merged,
         "tag_tokens": layer.tag_tokens,
-        "sources": _tokens_per_source(store, order),
+        "sources": dict(zip(store.sources, _tokens_per_source(store, order).tolist(), strict=True)),
+        "source_shares": shares,
     }
     laid = report["document_tokens"] + report["anchors_added"] + report["pad_tokens"]
     assert laid == writer.rows * length, report
@@ -313,11 +364,41 @@ def _laying_order(store: TokenStore, options: Options) -> np.ndarray:
     return sampling.laying_order(times)
 
 
-def _tokens_per_source(store: TokenStore, order: np.ndarray) -> dict[str, int]:
-    """Tokens of the documents laid, by source; as read, without anchors and tags."""
+def _tokens_per_source(store: TokenStore, order: np.ndarray) -> np.ndarray:
+    """(sources,) int64: tokens of these documents; as read, without anchors and tags."""
     count = len(store.sources)
     tokens = np.bincount(store.source_ids[order], weights=store.lengths[order], minlength=count)
-    return dict(zip(store.sources, tokens.astype(int).tolist(), strict=True))
+    return tokens.astype(np.int64)
+
+
+def _source_shares(store: TokenStore, order: np.ndarray) -> dict[str, dict[str, float]]:
+    """Each source's share of the tokens, `before` sampling and `after`."""
+    before, after = (
+        (tokens / tokens.sum()).tolist()
+        for tokens in (
+            _tokens_per_source(store, np.arange(len(store.lengths))),
+            _tokens_per_source(store, order),
+        )
+    )
+    return {name: {"before": before[i], "after": after[i]} for i, name in enumerate(store.sources)}
+
+
+def _warn_of_moved_shares(shares: dict[str, dict[str, float]], options: Options) -> None:
+    """Say where sampling missed a source's share: documents are laid whole, and some are huge."""
+    if options.mixture is None:
+        wanted = {name: share["before"] for name, share in shares.items()}
+    else:
+        wanted = sampling.parse_mixture(options.mixture)
+    off = {name: abs(shares[name]["after"] - wanted[name]) for name in wanted}
+    moved = [name for name in off if off[name] > SHARE_TOLERANCE * wanted[name]]
+    if moved:
+        worst = max(moved, key=off.get)
+        message = (
+            f"sampling moved the share of {len(moved)} of {len(shares)} sources by more than "
+            f"{SHARE_TOLERANCE:.0%}: {worst} has {shares[worst]['after']:.1%} of the tokens instead of "
+            f"{wanted[worst]:.1%}; its documents are too few or too long to be sampled finer"
+        )
+        print(colored(message, "yellow"), file=sys.stderr, flush=True)
 
 
 def _tags(sources: list[str], tokenizer) -> list[np.ndarray]:
@@ -353,7 +434,8 @@ class _RowLayer:
                 self.anchors_merged += brought and placement == "shared"
                 tokens = block.tokens[start:stop]
                 if tags is None:
-                    yield Body(tokens, 0, brought)
+                    # A copy: a slice that waits for its row would hold its shard's file open.
+                    yield Body(tokens.copy(), 0, brought)
                 else:
                     tag = tags[source]
                     yield Body(np.concatenate([tag, tokens]), len(tag), brought)

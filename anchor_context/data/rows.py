@@ -32,6 +32,9 @@ import numpy as np
 
 from anchor_context.layout import IGNORE_INDEX
 
+FORMAT_VERSION = 2
+"""Counts up when prepared rows or their report change for the same data and options."""
+
 MANIFEST = "manifest.json"
 DOCUMENT_LENGTHS = "document_lengths.npy"
 ARRAYS = (
@@ -161,6 +164,18 @@ class PreparedRows:
         return open_rows, (self.directory,)
 
 
+def source_lines(report: dict, *, at_most: int = 40) -> list[str]:
+    """A table of the largest sources: tokens laid, and their share of all before and after sampling."""
+    tokens, shares = report["sources"], report["source_shares"]
+    names = sorted(tokens, key=lambda name: -tokens[name])
+    lines = ["source                          tokens   share  as read"]
+    lines += [
+        f"{name[:24]:<24} {tokens[name]:>14,} {shares[name]['after']:>7.1%} {shares[name]['before']:>8.1%}"
+        for name in names[:at_most]
+    ]
+    return lines + [f"and {len(names) - at_most:,} smaller ones"] * (len(names) > at_most)
+
+
 def blank_row(row_length: int, pad_id: int) -> Row:
     """A row of padding: no targets, one piece."""
     tokens = np.full(row_length + 1, pad_id, np.int32)
@@ -178,7 +193,7 @@ def open_rows(path: Path | str) -> PreparedRows:
     """Open a prepared set.
 
     Raises:
-        ValueError: there is none at `path`, or its preparation was cut off.
+        ValueError: there is none at `path`, its preparation was cut off, or another version made it.
     """
     path = Path(path)
     if not is_prepared(path):
@@ -186,7 +201,14 @@ def open_rows(path: Path | str) -> PreparedRows:
             f"{path} holds no prepared rows (no {MANIFEST}); make them with "
             "`python -m anchor_context.data prepare`"
         )
-    return PreparedRows(path, json.loads((path / MANIFEST).read_text()))
+    manifest = json.loads((path / MANIFEST).read_text())
+    version = manifest["fingerprint"]["format_version"]
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} was prepared in format {version}, and this version of the code reads format "
+            f"{FORMAT_VERSION}; prepare it again"
+        )
+    return PreparedRows(path, manifest)
 
 
 class RowsWriter:

@@ -52,14 +52,15 @@ Unit = list[Stretch]
 
 
 def find_inputs(dataset: list[str] | str) -> list[str]:
-    """The files, `save_to_disk` directories and hub names that `--dataset` means.
+    """The files, `save_to_disk` directories and hub data sets (as `name@commit`) that `--dataset` means.
 
     Args:
         dataset: names, a string of several separated by commas. A glob stands for the files that it
             matches, a folder for the readable files in it; both in the order of their names.
 
     Raises:
-        ValueError: a file that is not there, a glob or folder without a file, an unknown suffix.
+        ValueError: a file that is not there, a glob or folder without a file, an unknown suffix, a data
+            set that the hub does not give us.
     """
     names = [dataset] if isinstance(dataset, str) else dataset
     names = [n for name in names for n in ([name] if Path(name).exists() else name.split(","))]
@@ -82,7 +83,8 @@ def _files_of(name: str) -> list[str]:
         if not files:
             raise ValueError(f"--dataset {name} matches no file; check the pattern")
     elif is_hub_name(name):
-        files = [name]
+        # The commit of now: what is read is what the fingerprint says, also if the data set moves on.
+        files = [f"{name}@{_hub_commit(name)}"]
     else:
         raise ValueError(f"--dataset {name}: no such file; check the path")
     for file in files:
@@ -124,8 +126,8 @@ def identity(inputs: list[str]) -> list[dict]:
         }
         for path in files
     ]
-    hub = [name for name in inputs if not Path(name).exists()]
-    return described + [{"hub": name, "commit": _hub_commit(name)} for name in hub]
+    hub = [name.split("@") for name in inputs if not Path(name).exists()]
+    return described + [{"hub": name, "commit": commit} for name, commit in hub]
 
 
 def _content_hash(path: Path, limit: int) -> str:
@@ -277,11 +279,21 @@ def _table_rows(name: str, columns: list[str]) -> Iterator[Record]:
             table = table.select_columns([column for column in columns if column in known])
         # Few rows at once: a pre-tokenised row alone may be millions of Python integers.
         for batch in table.with_format("arrow").iter(batch_size=16):
-            for row in batch.to_pylist():
+            for row in _python_rows(batch):
                 number += 1
                 yield row
     except (OSError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         yield Broken(f"the file cannot be read beyond row {number}: {error}")
+
+
+def _python_rows(batch: pyarrow.Table) -> list[Record]:
+    """The rows as Python values; one that Python cannot hold (text that is not UTF-8) is a `Broken`."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            return [Broken(f"a value cannot be read: {error}")]
+        return [row for i in range(len(batch)) for row in _python_rows(batch.slice(i, 1))]
 
 
 def _train_split(name: str) -> object:
@@ -292,7 +304,8 @@ def _train_split(name: str) -> object:
     if Path(name).exists():
         table = datasets.load_from_disk(name)
     else:
-        table = datasets.load_dataset(name, streaming=True)
+        repository, commit = name.split("@")
+        table = datasets.load_dataset(repository, revision=commit, streaming=True)
     if not isinstance(table, dict):
         return table
     if "train" not in table:

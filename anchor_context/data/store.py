@@ -1,7 +1,8 @@
 """The token store: every document tokenised once, in shards that a killed preparation resumes from.
 
-Guarantees: shard k holds the documents of unit k of the data, whatever the number of processes; a shard
-counts as done only when it is whole on disk; tokenising again does only the shards that are not.
+Guarantees: a shard holds the documents of one unit of the data, whatever the number of processes, and is
+named after the unit's content; it counts as done only when it is whole on disk. So tokenising again, also
+after the data were repaired, does just the shards that are missing.
 Costs: 4 bytes per token on disk until the rows are laid; about 20 bytes per document in memory; per
 process a few units of work.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from tqdm import tqdm
 
 from anchor_context.data.documents import DocumentReader
@@ -33,24 +36,25 @@ def tokenise(
     """Fill `directory` with the shards of `units` that it lacks.
 
     Args:
+        reader: but for `skip_bad_documents`, the one that made the shards that are there.
         num_proc: processes that tokenise; 1 tokenises here, with the tokenizer's own threads.
 
     Raises:
         ValueError: the first bad record, in the order of the data.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    count = 0
+    shards = []
     with _workers(num_proc, reader) as submit, tqdm(unit=" documents", disable=None) as bar:
         waiting: deque[Future | int] = deque()
-        for number, unit in enumerate(units):
-            count = number + 1
-            path = shard_path(directory, number)
-            waiting.append(_documents_in(path) if path.exists() else submit(unit, path))
+        for unit in units:
+            path = directory / f"{_digest(unit)}.npz"
+            shards.append(path)
+            waiting.append(_documents_in(path) if _is_done(path, reader) else submit(unit, path))
             if len(waiting) > 2 * num_proc:
                 bar.update(_result(waiting.popleft()))
         while waiting:
             bar.update(_result(waiting.popleft()))
-    return TokenStore(directory, count)
+    return TokenStore(shards)
 
 
 class _workers:
@@ -99,9 +103,17 @@ def _work(unit: Unit, path: Path) -> int:
     return _make_shard(unit, path, _worker_reader)
 
 
-def shard_path(directory: Path, number: int) -> Path:
-    """The file that says, by being there, that shard `number` is done."""
-    return directory / f"{number:08d}.npz"
+def _digest(unit: Unit) -> str:
+    """Of the records and of where they stand: all that a shard depends on but for its reader."""
+    return xxhash.xxh3_128(pickle.dumps(unit)).hexdigest()
+
+
+def _is_done(path: Path, reader: DocumentReader) -> bool:
+    """Whether the shard is whole; its file is written last. Skipped records may have to be errors now."""
+    if not path.exists():
+        return False
+    with np.load(path) as shard:
+        return reader.skip_bad_documents or not _note(shard)["skipped"]
 
 
 def _tokens_path(path: Path) -> Path:
@@ -111,16 +123,15 @@ def _tokens_path(path: Path) -> Path:
 def _make_shard(unit: Unit, path: Path, reader: DocumentReader) -> int:
     documents = reader(unit)
     _write(_tokens_path(path), lambda file: np.save(file, documents.tokens))
-    names, source_ids = np.unique(np.array(documents.sources, dtype=np.str_), return_inverse=True)
-    skipped = json.dumps(documents.skipped).encode()
+    names = {name: i for i, name in enumerate(sorted(set(documents.sources)))}
+    note = {"sources": list(names), "skipped": documents.skipped}
     _write(
         path,
         lambda file: np.savez(
             file,
             lengths=documents.lengths,
-            names=names,
-            source_ids=source_ids.astype(np.int32),
-            skipped=np.frombuffer(skipped, np.uint8),
+            source_ids=np.array([names[name] for name in documents.sources], np.int32),
+            note=np.frombuffer(json.dumps(note).encode(), np.uint8),
         ),
     )
     return len(documents.lengths)
@@ -134,6 +145,11 @@ def _write(path: Path, write) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def _note(shard: np.lib.npyio.NpzFile) -> dict:
+    """What a shard says in words, as JSON: NumPy's strings lose a NUL at their end."""
+    return json.loads(shard["note"].tobytes())
 
 
 def _documents_in(path: Path) -> int:
@@ -155,20 +171,21 @@ class Block:
 class TokenStore:
     """The documents of a data set, tokenised, numbered in the order of the data."""
 
-    directory: Path
-    shards: int
+    shards: list[Path]
+    """A shard's file of lengths and sources, by the order of the data; its tokens lie beside it."""
 
     @cached_property
     def _index(self) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, int]:
         """(source names, lengths int32, source ids int32, first document of each shard, skipped)."""
         numbers: dict[str, int] = {}
         lengths, source_ids, first, skipped = [], [], [0], 0
-        for shard in range(self.shards):
-            with np.load(shard_path(self.directory, shard)) as arrays:
-                mine = [numbers.setdefault(str(name), len(numbers)) for name in arrays["names"]]
+        for shard in self.shards:
+            with np.load(shard) as arrays:
+                note = _note(arrays)
+                mine = [numbers.setdefault(name, len(numbers)) for name in note["sources"]]
                 lengths.append(arrays["lengths"].astype(np.int32))
                 source_ids.append(np.array(mine, np.int32)[arrays["source_ids"]])
-                skipped += len(json.loads(arrays["skipped"].tobytes()))
+                skipped += len(note["skipped"])
             first.append(first[-1] + len(lengths[-1]))
         empty = [np.zeros(0, np.int32)]
         return (
@@ -200,9 +217,9 @@ class TokenStore:
 
     def skipped(self) -> Iterator[dict]:
         """The records left out, in the order of the data."""
-        for shard in range(self.shards):
-            with np.load(shard_path(self.directory, shard)) as arrays:
-                yield from json.loads(arrays["skipped"].tobytes())
+        for shard in self.shards:
+            with np.load(shard) as arrays:
+                yield from _note(arrays)["skipped"]
 
     def blocks(self, order: np.ndarray) -> Iterator[Block]:
         """The documents numbered `order`, in that order, as runs of one shard each."""
@@ -216,9 +233,7 @@ class TokenStore:
                 shard, ids = int(shards[i]), wanted[i:j]
                 offset = stops[first[shard]] - self.lengths[first[shard]]
                 yield Block(
-                    tokens=np.asarray(
-                        np.load(_tokens_path(shard_path(self.directory, shard)), "r")
-                    ),
+                    tokens=np.asarray(np.load(_tokens_path(self.shards[shard]), "r")),
                     starts=stops[ids] - self.lengths[ids] - offset,
                     stops=stops[ids] - offset,
                     source_ids=self.source_ids[ids],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +27,28 @@ def test_prepare_then_inspect(tmp_path, model, capsys):
     lines = [f'{{"text": "{"ab" * n}", "set": "s{n % 2}"}}'.encode() for n in range(1, 40)]
     data = write_texts(tmp_path / "d.jsonl", lines)
     arguments = ["--dataset", str(data), "--model-name-or-path", model, "--seq-length", "128"]
-    arguments += ["--source_column", "set", "--cache_dir", str(tmp_path / "c")]
+    arguments += [
+        "--source_column",
+        "set",
+        "--cache_dir",
+        str(tmp_path / "c"),
+        "--mixture",
+        "s0=1,s1=3",
+    ]
     assert main(["prepare", *arguments]) == 0
     made = capsys.readouterr().out
-    assert "documents            39\n" in made
+    assert "documents_read       39\n" in made
+    sources = r"s1 +[\d,]+ +7\d\.\d% +5\d\.\d%\ns0 +[\d,]+ +2\d\.\d% +4\d\.\d%\n"
+    assert re.search(sources, made)
     path = made.split("prepared rows: ")[1].strip()
     assert main(["inspect", path, "--rows", "1"]) == 0
     shown = capsys.readouterr().out
+    assert re.search(sources, shown)
     report = open_rows(path).report
     for words in (
         f"{report['rows']} rows of 128 tokens",
         f"cut by a row's end: {report['documents_cut']}",
         "document length (tokens)",
-        "s1",
         "intra_doc_reset",
         "estimated speed-up of anchor over full",
         "[      0,       4)  document 0          3 targets  <s>ab</s>",

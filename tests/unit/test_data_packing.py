@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_samples import (
     BOS,
@@ -215,6 +218,29 @@ def test_a_tokenizer_with_neither_bos_nor_eos_is_refused(tmp_path):
         prepare(data, tmp_path, tokenizer=tokenizer)
 
 
+def test_padding_lies_inside_the_models_vocabulary(tmp_path):
+    tokenizer = byte_tokenizer(words=("[PAD]",))
+    tokenizer.pad_token = "[PAD]"
+    pad = tokenizer.pad_token_id
+    data = write_texts(tmp_path / "d.jsonl", ["ab"])
+    for vocab_size, expected in ((pad, BOS), (pad + 1, pad)):
+        prepared = prepare(data, tmp_path, tokenizer=tokenizer, vocab_size=vocab_size)
+        assert prepared.pad_id == expected and prepared.pad_counts.tolist() == [60]
+        assert (prepared.row(0).tokens[4:-1] == expected).all()
+
+
+@pytest.mark.parametrize("token", ["bos_token", "eos_token"])
+def test_an_anchor_or_eos_outside_the_vocabulary_is_no_fault_of_the_data(tmp_path, token):
+    tokenizer = byte_tokenizer(words=("<new>",))
+    setattr(tokenizer, token, "<new>")
+    new = tokenizer.convert_tokens_to_ids("<new>")
+    data = write_texts(tmp_path / "d.jsonl", ["ab"])
+    options = {"tokenizer": tokenizer, "skip_bad_documents": True}
+    with pytest.raises(ValueError, match=f"<new> has the id {new}, outside .* vocabulary of {new}"):
+        prepare(data, tmp_path, vocab_size=new, **options)
+    assert prepare(data, tmp_path, vocab_size=new + 1, **options).report["documents"] == 1
+
+
 def test_a_domain_tag_is_seen_but_no_target(tmp_path):
     texts = [b'{"text": "hello", "set": "web"}', b'{"text": "xy", "set": "a book"}']
     data = write_texts(tmp_path / "d.jsonl", texts)
@@ -272,6 +298,20 @@ def test_best_fit_cuts_no_document_that_fits_and_reports_the_padding(tmp_path):
     report = check_account(prepare(data, tmp_path, strategy="best_fit"))
     assert report["documents_cut"] == 1  # the one of 200
     assert check_account(prepare(data, tmp_path))["documents_cut"] > 1
+
+
+@pytest.mark.parametrize("strategy", ["concat", "best_fit"])
+def test_documents_of_many_shards_in_a_row_keep_no_file_open(tmp_path, monkeypatch, strategy):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 100)  # a shard per document
+    data = write_texts(tmp_path / "d.jsonl", ["abcd" * 20] * 60)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = sorted(set(range(1000)) - {int(name) for name in os.listdir("/dev/fd")})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[30], limits[1]))
+    try:
+        report = prepare(data, tmp_path, strategy=strategy, row_length=6000).report
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (report["documents"], report["rows"]) == (60, 1)
 
 
 def test_documents_of_nothing_but_an_anchor(tmp_path):
@@ -387,6 +427,66 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_rows(tmp_path, monkeypa
     assert [p.name for p in (tmp_path / "killed").glob(".*")] == []
 
 
+@pytest.fixture
+def units_read(monkeypatch):
+    """Units of 500 bytes; the list grows by each that is tokenised."""
+    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    read, units = DocumentReader.__call__, []
+
+    def recorded(self, unit):
+        documents = read(self, unit)
+        units.append(unit)
+        return documents
+
+    monkeypatch.setattr(DocumentReader, "__call__", recorded)
+    return units
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_after_a_repair_only_what_changed_is_tokenised_again(tmp_path, units_read, kind):
+    texts = [f"text {i} " * (i % 40 + 1) for i in range(60)]
+
+    def write(texts: list[str]) -> Path:
+        if kind == "jsonl":
+            return write_texts(tmp_path / "d.jsonl", texts)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet")
+        return tmp_path / "d.parquet"
+
+    data, cache = write([*texts[:50], "", *texts[50:]]), tmp_path / "c"
+    with pytest.raises(ValueError, match=r"(line|row) 51: `text` is empty"):
+        prepare(data, cache)
+    done = len(units_read)
+    assert done > 5
+    units_read.clear()
+    texts[3] = texts[3].swapcase()  # as long as before
+    repaired = prepare(write([*texts[:50], "x", *texts[50:]]), cache)
+    assert list(cache.glob(".*")) == []
+    again = len(units_read)
+    units_read.clear()
+    undisturbed = prepare(data, tmp_path / "undisturbed")
+    assert file_bytes(repaired) == file_bytes(undisturbed)
+    assert again == len(units_read) - done + 1  # the one of text 3
+
+
+def test_after_an_error_other_flags_find_what_is_tokenised(tmp_path, units_read):
+    texts = [f"text {i} " * (i % 40 + 1) for i in range(60)]
+    data, cache = write_texts(tmp_path / "d.jsonl", [*texts, ""], set="web"), tmp_path / "c"
+    options = {"source_column": "set"}
+    with pytest.raises(ValueError, match="line 61"):
+        prepare(data, cache, mixture="wbe=1", **options)
+    done = len(units_read)
+    options["skip_bad_documents"] = True
+    with pytest.raises(ValueError, match="--mixture names"):
+        prepare(data, cache, mixture="wbe=1", **options)
+    assert len(units_read) == done + 1
+    with pytest.raises(ValueError, match="line 61"):  # what was skipped is not taken for clean
+        prepare(data, cache, mixture="web=1", source_column="set")
+    prepared = prepare(data, cache, mixture="web=1", **options)
+    assert len(units_read) == done + 1 and list(cache.glob(".*")) == []
+    undisturbed = prepare(data, tmp_path / "undisturbed", mixture="web=1", **options)
+    assert file_bytes(prepared) == file_bytes(undisturbed)
+
+
 def prepare_and_tell(data, cache, queue):
     queue.put(str(prepare(data, cache).directory))
 
@@ -420,6 +520,36 @@ def test_a_prepared_set_is_a_dataset(tmp_path):
         prepare(made.directory, tmp_path, tokenizer=byte_tokenizer(words=("hello",)))
 
 
+@pytest.mark.parametrize(
+    ("flag", "option", "value"),
+    [
+        ("--data-format", "data_format", "tokenized"),
+        ("--text_column", "text_column", "body"),
+        ("--source_column", "source_column", "other"),
+        ("--packing", "strategy", "best_fit"),
+        ("--upsample_long", "upsample_long", "5@10"),
+        ("--mixture", "mixture", "web=1"),
+        ("--interleave_chunks", "interleave_chunks", True),
+        ("--domain_tag", "domain_tag", True),
+    ],
+)
+def test_a_prepared_set_is_not_taken_for_what_it_is_not(tmp_path, flag, option, value):
+    data = write_texts(
+        tmp_path / "d.jsonl", ["hello there", "b" * 90], set="web", body="a", other="b"
+    )
+    plain = prepare(data, tmp_path, source_column="set")
+    needs = {"source_column": "set", "seed": 7, "skip_bad_documents": True}
+    assert prepare(plain.directory, tmp_path, **needs).directory == plain.directory
+    with pytest.raises(
+        ValueError, match=f"{flag} is {value} here and .* there; leave the flag out"
+    ):
+        prepare(plain.directory, tmp_path, **needs | {option: value})
+    if option != "data_format":
+        made = prepare(data, tmp_path, **needs | {option: value})
+        for options in ({}, needs | {option: value}):
+            assert prepare(made.directory, tmp_path, **options).directory == made.directory
+
+
 def test_an_unfinished_set_is_not_trusted(tmp_path):
     data = write_texts(tmp_path / "d.jsonl", ["hello there"])
     made = prepare(data, tmp_path)
@@ -429,6 +559,15 @@ def test_an_unfinished_set_is_not_trusted(tmp_path):
     with pytest.raises(ValueError, match="holds no prepared rows"):
         open_rows(made.directory)
     assert file_bytes(prepare(data, tmp_path)) == whole
+
+
+def test_a_set_of_another_format_is_refused(tmp_path):
+    made = prepare(write_texts(tmp_path / "d.jsonl", ["hello there"]), tmp_path)
+    manifest = json.loads((made.directory / "manifest.json").read_text())
+    manifest["fingerprint"]["format_version"] = 1
+    (made.directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"prepared in format 1, .*prepare it again"):
+        prepare(made.directory, tmp_path)
 
 
 def test_the_manifest_says_what_was_made(tmp_path):

@@ -102,8 +102,32 @@ def test_prepared_rows_report_the_sampling_and_the_seed_decides(tmp_path):
     report = (first := prepare(data, tmp_path / "a", **options)).report
     tokens = report["sources"]
     assert tokens["a"] / (tokens["a"] + tokens["b"]) == pytest.approx(0.75, abs=0.01)
+    read = {name: share["before"] for name, share in report["source_shares"].items()}
+    lengths = np.array([len(line) - len('{"text": "", "set": "a"}') + 1 for line in lines])
+    assert read == {
+        "a": lengths[::2].sum() / lengths.sum(),
+        "b": lengths[1::2].sum() / lengths.sum(),
+    }
+    assert report["source_shares"]["a"]["after"] == tokens["a"] / (tokens["a"] + tokens["b"])
     assert report["documents_read"] == 300 and 0 < report["documents_left_out"] < 300
     assert report["document_tokens"] == sum(tokens.values())
     assert file_bytes(prepare(data, tmp_path / "b", **options)) == file_bytes(first)
     other = prepare(data, tmp_path / "a", seed=1, **options)
     assert file_bytes(other)["tokens.npy"] != file_bytes(first)["tokens.npy"]
+
+
+def test_a_share_that_a_huge_document_moves_is_told_once(tmp_path, capfd):
+    def texts(source: str, *, length: int, count: int) -> list[bytes]:
+        return [f'{{"text": "{"x" * length}", "set": "{source}"}}'.encode()] * count
+
+    options = {"source_column": "set", "upsample_long": "5@100"}
+    web = texts("web", length=50, count=400) + texts("web", length=200, count=400)
+    prepare(write_texts(tmp_path / "fine.jsonl", web), tmp_path, **options)
+    assert "sampling moved" not in capfd.readouterr().err
+    # The huge one should come 1.3 times, to make room for which most of the short ones go.
+    books = texts("books", length=4000, count=1) + texts("books", length=90, count=20)
+    prepared = prepare(write_texts(tmp_path / "moved.jsonl", web + books), tmp_path, **options)
+    share = prepared.report["source_shares"]["books"]
+    assert share["after"] < 0.9 * share["before"]
+    warning = f"books has {share['after']:.1%} of the tokens instead of {share['before']:.1%}"
+    assert capfd.readouterr().err.count(warning) == 1

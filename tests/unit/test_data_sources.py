@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -121,6 +122,28 @@ def test_an_unknown_hub_name_is_an_error_not_a_crash(tmp_path, monkeypatch):
         prepare("some/name", tmp_path)
 
 
+def test_a_hub_data_set_is_read_at_the_commit_that_the_fingerprint_names(tmp_path, monkeypatch):
+    texts = {"sha-1": "hello", "sha-2": "jello"}
+    newest = "sha-1"
+
+    def load_dataset(name, *, streaming, revision=None):
+        assert name == "some/name" and streaming
+        table = datasets.Dataset.from_dict({"text": [texts[revision or "sha-2"]]})
+        return {"train": table.to_iterable_dataset()}
+
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info", lambda *_: SimpleNamespace(sha=newest)
+    )
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    first = prepare("some/name", tmp_path)
+    assert BYTES.decode(first.row(0).tokens[1:6]) == "hello"  # the hub is at sha-2 by now
+    assert first.manifest["fingerprint"]["data"] == [{"hub": "some/name", "commit": "sha-1"}]
+    newest = "sha-2"
+    second = prepare("some/name", tmp_path)
+    assert BYTES.decode(second.row(0).tokens[1:6]) == "jello"
+    assert second.directory != first.directory
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
 def test_an_empty_data_set(tmp_path, content):
     (tmp_path / "d.jsonl").write_bytes(content)
@@ -167,7 +190,8 @@ BAD_ROWS = [
     ),
     ({"input_ids": [5, -1], "source": [{"end": 2}]}, "token id -1 at index 1"),
     ({"input_ids": [5, 2**40], "source": [{"end": 2}]}, "outside every vocabulary"),
-    ({"input_ids": [5, 2**70], "source": [{"end": 2}]}, "whole numbers"),
+    ({"input_ids": [5, 2**70], "source": [{"end": 2}]}, "numbers beyond 64 bits"),
+    ({"input_ids": [5, True], "source": [{"end": 2}]}, "'True' at index 1"),
     ({"input_ids": [5, 6.5], "source": [{"end": 2}]}, "'6.5' at index 1"),
     ({"input_ids": [[5], [6, 7]], "source": [{"end": 2}]}, "whole numbers"),
     ({"input_ids": "56", "source": [{"end": 2}]}, "`input_ids` is a string"),
@@ -221,6 +245,41 @@ def test_a_broken_parquet_file_is_named(tmp_path):
     data.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(ValueError, match=r"d\.parquet, row 1: the file cannot be read"):
         prepare(data, tmp_path)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["a text", "a text inside an object"])
+def test_a_parquet_text_that_is_not_utf8_is_named_or_skipped(tmp_path, inside):
+    texts = pyarrow.array([b"good", b"\xff\xfe", b"fine"], pyarrow.binary()).view(pyarrow.string())
+    if inside:
+        texts = pyarrow.StructArray.from_arrays([texts], ["raw"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet")
+    options = {"text_column": "text.raw" if inside else "text"}
+    with pytest.raises(ValueError, match=r"d\.parquet, row 2: .*utf-8.*--skip_bad_documents"):
+        prepare(tmp_path / "d.parquet", tmp_path, **options)
+    prepared = prepare(tmp_path / "d.parquet", tmp_path, skip_bad_documents=True, **options)
+    assert prepared.report["skipped_documents"] == 1
+    assert BYTES.decode(prepared.row(0).tokens[:11], skip_special_tokens=True) == "goodfine"
+
+
+@pytest.mark.parametrize("data_format", ["raw_json", "tokenized"])
+def test_half_a_character_in_a_source_is_named_or_skipped(tmp_path, data_format):
+    data = tmp_path / "d.jsonl"
+    for name in ("web", "\ud800x"):
+        row = {"input_ids": [5, 6], "source": [{"end": 2, "set": name}]}
+        record = {"text": "ab", "set": name} if data_format == "raw_json" else row
+        with data.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    options = {"source_column": "set", "domain_tag": True, "data_format": data_format}
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 2: `set` has half a character"):
+        prepare(data, tmp_path, **options)
+    report = prepare(data, tmp_path, skip_bad_documents=True, **options).report
+    assert report["skipped_documents"] == 1 and list(report["sources"]) == ["web"]
+
+
+def test_sources_that_differ_by_a_nul_stay_apart(tmp_path):
+    lines = [b'{"text": "ab", "set": "web"}', b'{"text": "abc", "set": "web\\u0000"}']
+    data = write_texts(tmp_path / "d.jsonl", lines)
+    assert prepare(data, tmp_path, source_column="set").report["sources"] == {"web": 3, "web\0": 4}
 
 
 def test_columns_that_differ_between_files(tmp_path):

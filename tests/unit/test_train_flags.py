@@ -268,3 +268,11 @@ def test_models_are_saved_at_the_interval_itself():
     flags = replace(GOOD, saving_interval=50, min_steps_for_save=100)
     due = [step for step in range(1, 231) if train.model_is_due(flags, step, max_steps=230)]
     assert due == [100, 150, 200, 230]
+
+
+def test_the_run_tells_each_sources_share_before_and_after_sampling():
+    shares = {"a": {"before": 0.5, "after": 0.25}, "b": {"before": 0.5, "after": 0.75}}
+    assert train.describe_sources(shares) == ["sources  b 50.0% -> 75.0%, a 50.0% -> 25.0%"]
+    assert train.describe_sources({"all": {"before": 1.0, "after": 1.0}}) == []
+    many = {str(i): {"before": 0.1, "after": 0.1} for i in range(10)}
+    assert train.describe_sources(many)[0].endswith("7 10.0% -> 10.0%, 2 more")
