@@ -79,10 +79,11 @@ class RingSchedule:
         return sum(step.receive for step in self.steps)
 
     def __str__(self) -> str:
+        """Bytes as a share of a plain ring's, which holds for any heads and dtype: a plan knows tokens."""
         share = self.sent_tokens / max(self.plain_ring_tokens, 1)
         return (
-            f"imbalance {self.imbalance:.3f}, {self.sent_tokens} tokens of keys and values sent per "
-            f"layer ({share:.3f} of a plain ring's)"
+            f"imbalance {self.imbalance:.3f}, {self.sent_tokens:,} tokens of keys and values sent per "
+            f"layer: {share:.3f} of a plain ring's bytes"
         )
 
 

@@ -72,7 +72,10 @@ def test_the_layout_stays_whole_and_carries_the_schedule():
     assert isinstance(layout, ShardedLayout) and layout.row_length == 96
     assert (layout.cu_seqlens == whole["layout"].cu_seqlens).all()
     assert len(layout.schedule.steps) == 4
-    assert "tokens of keys and values sent per layer" in str(layout.schedule)
+    sent, plain = layout.schedule.sent_tokens, 3 * 2 * 96
+    assert 0 < sent < plain
+    expected = f"{sent} tokens of keys and values sent per layer: {sent / plain:.3f} of a plain ring's bytes"
+    assert str(layout.schedule).startswith("imbalance 1.") and expected in str(layout.schedule)
     assert type(shard_batch(whole, grid=grids(1, 4)[0])["layout"]) is type(whole["layout"])
 
 
