@@ -1,7 +1,7 @@
 """Sequence parallelism measured: bytes, balance and step time per layout.
 
     python benchmarks/sequence_parallel.py                 # under a minute on two cores
-    python benchmarks/sequence_parallel.py --rows 200      # more rows on paper
+    python benchmarks/sequence_parallel.py --rows 240      # more rows on paper: README's table
     python benchmarks/sequence_parallel.py --step_row_length 16384 --steps 3
 
 Two parts. *On paper*, for rows of log-normal documents and for one row-long document: what each placement
@@ -12,9 +12,11 @@ that the processes counted as sent, which must equal the predicted ones.
     imbalance         attention pairs of the busiest rank over the mean, mean over rows
     sent_bytes        sent by all ranks together, per row, layer and forward, mean over rows
     plain_ring_bytes  the same of a ring that passes every key and value to every rank
-    minimum_bytes     the same of one contiguous piece of the row per rank: no placement of equally many
-                      tokens in one piece each can send less, but its busiest rank sets the pace
-    plan_s            planning one row, median
+    minimum_bytes     a bound from below: what a ring of so many ranks must send even if it may place
+                      every token by itself, equally many on each rank, and need not balance the work
+                      (`unavoidable_tokens`). No bound for Ulysses, which sends heads of queries too
+    plan_s            all that a loader worker plans for one row, in processor time, median: which rank
+                      gets which block, which tokens those are, and one rank's schedule of messages
     step_s            forward and backward of one layer by the slowest rank, median (processes
                       share this machine's cores: compare layouts, not machines)
 
@@ -56,6 +58,7 @@ from anchor_context.parallel.plan import (
     plan_row,
     zigzag_plan,
 )
+from anchor_context.parallel.schedule import local_tokens, make_schedule
 from anchor_context.parallel.shard import shard_batch
 from anchor_context.parallel.ulysses import kv_repeats
 
@@ -110,11 +113,7 @@ def on_paper(row_length: int, ranks: int, median, sigma, flags) -> list[dict]:
     placements = {"contiguous": plan_contiguous, "zigzag": plan_zigzag, "planned ring": plan_row}
     results = []
     for name, place in placements.items():
-        plans, seconds = [], []
-        for boundaries in rows:
-            start = time.perf_counter()
-            plans.append(place(boundaries, ranks=ranks))
-            seconds.append(time.perf_counter() - start)
+        plans, seconds = zip(*(time_plan(row, ranks, place) for row in rows), strict=True)
         results.append(
             result(
                 layout=name,
@@ -125,7 +124,8 @@ def on_paper(row_length: int, ranks: int, median, sigma, flags) -> list[dict]:
                 imbalance=statistics.mean(plan.imbalance for plan in plans),
                 sent=statistics.mean(plan.sent_tokens for plan in plans) * PAPER_BYTES_PER_TOKEN,
                 plain=(ranks - 1) * row_length * PAPER_BYTES_PER_TOKEN,
-                minimum=minimum_tokens(rows, ranks) * PAPER_BYTES_PER_TOKEN,
+                minimum=statistics.mean(unavoidable_tokens(row, ranks=ranks) for row in rows)
+                * PAPER_BYTES_PER_TOKEN,
                 plan_s=statistics.median(seconds),
                 step_s=None,
             )
@@ -156,8 +156,31 @@ def plan_zigzag(boundaries: np.ndarray, *, ranks: int) -> RowPlan:
     return zigzag_plan(cut_row(boundaries, blocks=2 * ranks), ranks=ranks)
 
 
-def minimum_tokens(rows: list[np.ndarray], ranks: int) -> float:
-    return statistics.mean(plan_contiguous(row, ranks=ranks).sent_tokens for row in rows)
+def time_plan(boundaries: np.ndarray, ranks: int, place=plan_row) -> tuple[RowPlan, float]:
+    """A row's plan, and the processor seconds that it took with what one rank makes of it."""
+    start = time.process_time()
+    plan = place(boundaries, ranks=ranks)
+    local_tokens([plan], rank=0)
+    make_schedule([plan], rank=0)
+    return plan, time.process_time() - start
+
+
+def unavoidable_tokens(boundaries: np.ndarray, *, ranks: int) -> int:
+    """Tokens whose keys and values must cross ranks, each once per receiver, wherever the tokens are.
+
+    Each of P ranks holds C = S / P tokens of the row, any of them. Order the holders of a document of L
+    tokens by their last token of it. That token sees everything that the holders before hold, so its
+    holder receives it: all L tokens but those of itself and the holders behind. None holds more than C, so
+
+        the last holder receives at least L - C tokens, the last but one L - 2 C, ...
+
+    and the document is received at least the sum of max(0, L - k C) over k = 1 ... P - 1 times. Documents
+    share no keys, so these add up. One row-long document gives half of what a plain ring sends; a row of
+    documents of at most C tokens gives 0.
+    """
+    share = int(boundaries[-1]) // ranks
+    over = np.diff(boundaries)[:, None] - share * np.arange(1, ranks)
+    return int(np.maximum(over, 0).sum())
 
 
 # --- really run -----------------------------------------------------------------------------------
@@ -207,19 +230,10 @@ def result_of_run(name: str, median, sigma, boundaries: np.ndarray, of_ranks, fl
         imbalance=plan.imbalance,
         sent=ring_bytes + sum(one["ulysses"] for one in of_ranks),
         plain=(ranks - 1) * row_length * per_token,
-        minimum=minimum_tokens([boundaries], ranks) * per_token,
-        plan_s=statistics.median(time_plans(boundaries, ring_degree)),
+        minimum=unavoidable_tokens(boundaries, ranks=ranks) * per_token,
+        plan_s=statistics.median(time_plan(boundaries, ring_degree)[1] for _ in range(5)),
         step_s=max(one["step_s"] for one in of_ranks),
     )
-
-
-def time_plans(boundaries: np.ndarray, ranks: int) -> list[float]:
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        plan_row(boundaries, ranks=ranks)
-        seconds.append(time.perf_counter() - start)
-    return seconds
 
 
 def attend_cases(rank: int, world: int, port: int, cases, flags, found) -> None:

@@ -11,8 +11,9 @@ What rank s sends to rank r is the tails (`plan.py`) that r needs, in the order 
 part of a rectangle that lies on s is one contiguous range of that message.
 
 Guarantees: made from the boundaries alone, in a loader worker, identically on all ranks: what one rank
-will send is what the other will await. Costs about a millisecond per row, and index tensors of the
-rectangles' sides: a rank with several runs in one document names the shared keys once per run.
+will send is what the other will await. Costs a third of a millisecond per row of 131,072 tokens on 8
+ranks, and index tensors of the rectangles' sides: a rank with several runs in one document names the
+shared keys once per run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from anchor_context.attention.kernels import Spans
 from anchor_context.attention.patterns import attended_boundaries
 from anchor_context.layout import DocumentLayout
-from anchor_context.parallel.plan import RowPlan, plan_row
+from anchor_context.parallel.plan import BlockRow, RowPlan, join_rows, plan_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +79,11 @@ class RingSchedule:
         return sum(step.receive for step in self.steps)
 
     def __str__(self) -> str:
+        """Bytes as a share of a plain ring's, which holds for any heads and dtype: a plan knows tokens."""
         share = self.sent_tokens / max(self.plain_ring_tokens, 1)
         return (
-            f"imbalance {self.imbalance:.3f}, {self.sent_tokens} tokens of keys and values sent per "
-            f"layer ({share:.3f} of a plain ring's)"
+            f"imbalance {self.imbalance:.3f}, {self.sent_tokens:,} tokens of keys and values sent per "
+            f"layer: {share:.3f} of a plain ring's bytes"
         )
 
 
@@ -124,162 +126,118 @@ def plan_rows(layout: DocumentLayout, *, ranks: int) -> list[RowPlan]:
 
 def local_tokens(plans: list[RowPlan], *, rank: int) -> np.ndarray:
     """(B, L) int64: the row index of every token of a rank, L = S / ranks, in the order of the row."""
-    return np.stack(
-        [
-            _ranges(np.flatnonzero(p.owner == rank) * p.row.block, p.row.block).reshape(-1)
-            for p in plans
-        ]
-    )
+    blocks = np.stack([np.flatnonzero(plan.owner == rank) for plan in plans])
+    block = plans[0].row.block
+    return (blocks[:, :, None] * block + np.arange(block)).reshape(len(plans), -1)
 
 
 def make_schedule(plans: list[RowPlan], *, rank: int) -> RingSchedule:
     """The schedule of ring rank `rank`; `plans` as every rank of the ring makes them."""
-    ranks = plans[0].ranks
-    needed = [plan.needed() for plan in plans]
-    local = _LocalRows(plans, rank)
-    runs = [run for b, plan in enumerate(plans) for run in _runs(b, plan, rank)]
+    plan = join_rows(plans)
+    ranks, row, needed = plan.ranks, plan.row, plan.needed()
+    mine = plan.owner == rank
 
-    steps = []
-    for step in range(ranks):
-        source, target = (rank - step) % ranks, (rank + step) % ranks
-        send_starts, send_lengths = local.tails(
-            [
-                np.flatnonzero(n[target] & (p.owner == rank))
-                for n, p in zip(needed, plans, strict=True)
-            ]
-        )
-        if source == rank:
-            blocks = [np.flatnonzero(plan.owner == rank) for plan in plans]
-            message_starts, message_ends = local.starts, local.ends
-            receive = 0
-        else:
-            blocks = [
-                np.flatnonzero(n[rank] & (p.owner == source))
-                for n, p in zip(needed, plans, strict=True)
-            ]
-            lengths = [plan.row.tail[js] for plan, js in zip(plans, blocks, strict=True)]
-            flat_ends = np.cumsum(np.concatenate(lengths))
-            splits = np.cumsum([len(x) for x in lengths])[:-1]
-            message_ends = np.split(flat_ends, splits)
-            message_starts = [e - x for e, x in zip(message_ends, lengths, strict=True)]
-            receive = int(flat_ends[-1]) if len(flat_ends) else 0
+    # Step by step, what the target needs of this rank's blocks.
+    ends = np.cumsum(mine) * row.block  # of own blocks, in local tokens
+    step, blocks = np.nonzero(needed[(rank + np.arange(ranks)) % ranks] & mine)
+    tails = row.tail[blocks]
+    sends = _split(_ranges(ends[blocks] - tails, tails), _sums(step, tails, ranks))
 
-        q_ranges, k_ranges = [], []
-        for run in runs:
-            b = run.row
-            # The blocks of the source that hold earlier tokens of the run's first document.
-            low, high = np.searchsorted(blocks[b], (run.first_block_of_document, run.first_block))
-            if run.head == 0 or low == high:
-                continue
-            start = message_starts[b][low]
-            if source == rank:  # only the document's part of the first block
-                start = message_ends[b][low] - plans[b].row.tail[blocks[b][low]]
-            q_start = local.start_of(b, run.first_block)
-            q_ranges.append((q_start, q_start + run.head))
-            k_ranges.append((start, message_ends[b][high - 1]))
-        steps.append(
-            Step(
-                send=_to_tensor(_ranges(send_starts, send_lengths)),
-                receive=receive,
-                rectangles=_rectangles(q_ranges, k_ranges),
-            )
-        )
+    # Step by step, what arrives: the needed tails of the source, one after the other.
+    step_of = (rank - plan.owner) % ranks
+    blocks = np.flatnonzero(needed[rank])
+    blocks = blocks[np.argsort(step_of[blocks], kind="stable")]
+    receives = _sums(step_of[blocks], row.tail[blocks], ranks)
+    message_starts = np.cumsum(receives) - receives
+    ends[blocks] = np.cumsum(row.tail[blocks]) - message_starts[step_of[blocks]]
 
-    load = sum(plan.load for plan in plans)
-    row_length = plans[0].row.block * len(plans[0].owner)
+    # Runs of neighbouring blocks; first block, and the block behind the last.
+    edges = np.diff(mine, prepend=False, append=False)
+    runs = np.flatnonzero(edges).reshape(-1, 2).T
+    rectangles = _rectangles(row, runs, ends=ends, step_of=step_of, ranks=ranks)
     return RingSchedule(
-        causal=_causal_spans(plans, runs, local),
-        steps=tuple(steps),
-        imbalance=float(load.max() / load.mean()),
-        sent_tokens=sum(plan.sent_tokens for plan in plans),
-        plain_ring_tokens=(ranks - 1) * len(plans) * row_length,
+        causal=_causal_spans(row, runs, mine=mine, ends=ends),
+        steps=tuple(map(Step, sends, receives.tolist(), rectangles)),
+        imbalance=plan.imbalance,
+        sent_tokens=plan.sent_tokens,
+        plain_ring_tokens=(ranks - 1) * len(plan.owner) * row.block,
     )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Neighbouring blocks first_block … last_block of one row on one rank."""
-
-    row: int
-    first_block: int
-    last_block: int
-    first_block_of_document: int
-    """Block in which the document of the run's first token starts."""
-    head: int
-    """Queries of that document in the run if it starts before the run, else 0."""
-
-
-def _runs(b: int, plan: RowPlan, rank: int) -> list[_Run]:
-    mine = np.flatnonzero(plan.owner == rank)
-    breaks = np.flatnonzero(np.diff(mine) > 1) + 1
-    runs = []
-    for piece in np.split(mine, breaks):
-        first, last, row = int(piece[0]), int(piece[-1]), plan.row
-        start, token = int(row.document_start[first]), first * row.block
-        head = min(int(row.document_end[first]), (last + 1) * row.block) - token
-        runs.append(_Run(b, first, last, start // row.block, head if start < token else 0))
-    return runs
-
-
-class _LocalRows:
-    """Where the blocks of a rank stand in its flattened (B, L) tokens."""
-
-    def __init__(self, plans: list[RowPlan], rank: int):
-        self.plans = plans
-        self.blocks = [np.flatnonzero(plan.owner == rank) for plan in plans]
-        block, per_row = plans[0].row.block, len(self.blocks[0])
-        self.starts = [(b * per_row + np.arange(per_row)) * block for b in range(len(plans))]
-        self.ends = [starts + block for starts in self.starts]
-
-    def start_of(self, b: int, block: int) -> int:
-        return int(self.starts[b][np.searchsorted(self.blocks[b], block)])
-
-    def tails(self, chosen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(starts, lengths) of the tails of `chosen[b]`, own blocks of row b."""
-        starts, lengths = [], []
-        for b, blocks in enumerate(chosen):
-            tail = self.plans[b].row.tail[blocks]
-            starts.append(self.ends[b][np.searchsorted(self.blocks[b], blocks)] - tail)
-            lengths.append(tail)
-        return np.concatenate(starts), np.concatenate(lengths)
-
-
-def _causal_spans(plans: list[RowPlan], runs: list[_Run], local: _LocalRows) -> Spans:
+def _causal_spans(row: BlockRow, runs: np.ndarray, *, mine: np.ndarray, ends: np.ndarray) -> Spans:
     """The pieces of documents inside the runs, covering every local token."""
-    starts = []
-    for run in runs:
-        row = plans[run.row].row
-        token, end = run.first_block * row.block, (run.last_block + 1) * row.block
-        inner = row.boundaries[(row.boundaries > token) & (row.boundaries < end)]
-        shift = local.start_of(run.row, run.first_block) - token
-        starts.append(np.concatenate(([token], inner)) + shift)
-    total = len(plans) * len(local.blocks[0]) * plans[0].row.block
-    cu_seqlens = np.append(np.concatenate(starts), total)
+    starts = np.concatenate((row.boundaries[:-1], runs[0] * row.block))
+    starts = starts[mine[starts // row.block]]
+    local = ends[starts // row.block] - row.block + starts % row.block
+    cu_seqlens = np.unique(np.append(local, np.count_nonzero(mine) * row.block))
     longest = int(np.diff(cu_seqlens).max())
     edges = torch.from_numpy(cu_seqlens.astype(np.int32))
     return Spans(edges, edges, longest, longest)
 
 
-def _rectangles(q_ranges: list[tuple], k_ranges: list[tuple]) -> Rectangles | None:
-    if not q_ranges:
-        return None
-    sides = []
-    for ranges in (np.array(q_ranges), np.array(k_ranges)):
-        lengths = ranges[:, 1] - ranges[:, 0]
-        cu_seqlens = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        sides.append((_ranges(ranges[:, 0], lengths), torch.from_numpy(cu_seqlens), lengths.max()))
-    (queries, cu_q, max_q), (keys, cu_k, max_k) = sides
-    return Rectangles(
-        _to_tensor(queries), _to_tensor(keys), Spans(cu_q, cu_k, int(max_q), int(max_k))
+def _rectangles(
+    row: BlockRow, runs: np.ndarray, *, ends: np.ndarray, step_of: np.ndarray, ranks: int
+) -> list[Rectangles | None]:
+    """Every step's rectangles.
+
+    Args:
+        runs: (2, runs): first block, and the block behind the last.
+        ends: (n,) where a block's tokens end, in the local tokens or in the message that holds its tail.
+        step_of: (n,) the step whose source owns a block.
+    """
+    runs = runs[:, row.document_start[runs[0]] < runs[0] * row.block]
+    first, behind = runs
+    heads = np.minimum(row.document_end[first], behind * row.block) - first * row.block
+
+    # A run sees the tails of all earlier blocks of its first document; those of one step are a range.
+    lowest = row.document_start[first] // row.block
+    run = np.repeat(np.arange(len(first)), first - lowest)
+    blocks = _ranges(lowest, first - lowest)
+    _, lows, range_of = np.unique(
+        step_of[blocks] * len(first) + run, return_index=True, return_inverse=True
     )
+    key_lengths = _sums(range_of, row.tail[blocks], len(lows))
+    run, blocks = run[lows], blocks[lows]
+
+    step = step_of[blocks]
+    sizes = np.bincount(step, minlength=ranks)
+    sides = []
+    for starts, lengths in (
+        (ends[first[run]] - row.block, heads[run]),
+        (ends[blocks] - row.tail[blocks], key_lengths),
+    ):
+        tokens = _split(_ranges(starts, lengths), _sums(step, lengths, ranks))
+        sides.append((tokens, np.split(lengths, np.cumsum(sizes)[:-1])))
+    (queries, query_lengths), (keys, key_lengths) = sides
+    return [
+        Rectangles(q, k, _spans(q_lengths, k_lengths)) if len(q_lengths) else None
+        for q, k, q_lengths, k_lengths in zip(
+            queries, keys, query_lengths, key_lengths, strict=True
+        )
+    ]
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray | int) -> np.ndarray:
+def _spans(q_lengths: np.ndarray, k_lengths: np.ndarray) -> Spans:
+    q_edges, k_edges = (
+        torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+        for lengths in (q_lengths, k_lengths)
+    )
+    return Spans(q_edges, k_edges, int(q_lengths.max()), int(k_lengths.max()))
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The integers starts[i] … starts[i] + lengths[i] - 1, one range after the other."""
-    lengths = np.broadcast_to(lengths, starts.shape)
-    offsets = starts - np.concatenate(([0], np.cumsum(lengths)[:-1])) if len(starts) else starts
-    return np.repeat(offsets, lengths) + np.arange(lengths.sum())
+    stops = starts + lengths
+    index = np.arange(stops.max(initial=0))  # copying its pieces is faster than computing them
+    pieces = [index[i:j] for i, j in zip(starts.tolist(), stops.tolist(), strict=True)]
+    return np.concatenate([index[:0], *pieces])
 
 
-def _to_tensor(indices: np.ndarray) -> Tensor:
-    return torch.from_numpy(indices.astype(np.int64))
+def _sums(step: np.ndarray, tokens: np.ndarray, ranks: int) -> np.ndarray:
+    """(ranks,) int64: the tokens of each step."""
+    return np.bincount(step, tokens, minlength=ranks).astype(np.int64)
+
+
+def _split(tokens: np.ndarray, sizes: np.ndarray) -> tuple[Tensor, ...]:
+    """Tensors of these sizes, one after the other."""
+    return torch.from_numpy(tokens).split(sizes.tolist())

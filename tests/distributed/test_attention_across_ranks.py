@@ -5,11 +5,12 @@ One spawn of four processes runs every case; the tests then look at what it foun
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import Traffic, run_ranks
 from rows import KINDS, PATTERNS, ROW, layout_of
 
 from anchor_context.attention import reference
@@ -85,13 +86,16 @@ def on_ranks(rank: int, world: int) -> dict:
             ]
             q, k, v = (x.requires_grad_() for x in tensors[:3])
             engine.account.take()
-            out = engine.attend(q, k, v, batch["layout"], scale=0.3)
-            out.backward(tensors[3])
+            with Traffic() as forward:
+                out = engine.attend(q, k, v, batch["layout"], scale=0.3)
+            with Traffic() as backward:
+                out.backward(tensors[3])
             schedule = getattr(batch["layout"], "schedule", None)
             found[name, rows, pattern] = {
                 "tokens": mine,
                 "tensors": [x.detach() for x in (out, q.grad, k.grad, v.grad)],
                 "account": engine.account.take(),
+                "traffic": (forward.bytes, backward.bytes),
                 "predicted": None
                 if schedule is None
                 else (schedule.my_sent_tokens, schedule.my_received_tokens, schedule.sent_tokens),
@@ -183,6 +187,29 @@ def test_really_sent_bytes_are_the_predicted_ones(found, name, rows):
             }
         total = sum(part["predicted"][0] for part in parts) // ulysses_degree
         assert total == parts[0]["predicted"][2]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_enters_torch_distributed_is_what_the_account_says(found, name):
+    """Of an all-to-all's input and output, a rank's own part stays where it is."""
+    _, ring_degree, ulysses_degree, _, _ = LAYOUTS[name]
+    nothing = {"sent": 0, "received": 0}
+    kinds = Counter()
+    for rows, (pattern, _) in CASES:
+        for rank in range(4):
+            part = found[rank][name, rows, pattern]
+            forward, backward = part["traffic"]
+            kv, grad, ulysses = (
+                part["account"].get(kind, nothing) for kind in ("ring_kv", "ring_grad", "ulysses")
+            )
+            traded = forward["alltoall_base_"] + backward["alltoall_base_"]
+            assert (forward["send"], forward["recv_"]) == (kv["sent"], kv["received"])
+            assert (backward["send"], backward["recv_"]) == (grad["sent"], grad["received"])
+            travels = traded // ulysses_degree * (ulysses_degree - 1)
+            assert travels == ulysses["sent"] + ulysses["received"]
+            kinds += forward + backward
+    expected = {"send", "recv_"} if ring_degree > 1 else set()
+    assert set(kinds) == expected | ({"alltoall_base_"} if ulysses_degree > 1 else set())
 
 
 def test_one_document_makes_every_rank_send(found):

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anchor_context.attention.patterns import make_layout
 from anchor_context.engine import make_engine
 from anchor_context.parallel.groups import make_grid
-from anchor_context.parallel.schedule import ShardedLayout, make_schedule, plan_rows
+from anchor_context.parallel.plan import RowPlan, blocks_per_rank, cut_row
+from anchor_context.parallel.schedule import (
+    ShardedLayout,
+    local_tokens,
+    make_schedule,
+    plan_rows,
+)
 from anchor_context.parallel.shard import shard_batch
 
 STARTS = np.array([0, 5, 70, 96, 97, 150])  # two rows of 96 tokens
@@ -63,7 +72,10 @@ def test_the_layout_stays_whole_and_carries_the_schedule():
     assert isinstance(layout, ShardedLayout) and layout.row_length == 96
     assert (layout.cu_seqlens == whole["layout"].cu_seqlens).all()
     assert len(layout.schedule.steps) == 4
-    assert "tokens of keys and values sent per layer" in str(layout.schedule)
+    sent, plain = layout.schedule.sent_tokens, 3 * 2 * 96
+    assert 0 < sent < plain
+    expected = f"{sent} tokens of keys and values sent per layer: {sent / plain:.3f} of a plain ring's bytes"
+    assert str(layout.schedule).startswith("imbalance 1.") and expected in str(layout.schedule)
     assert type(shard_batch(whole, grid=grids(1, 4)[0])["layout"]) is type(whole["layout"])
 
 
@@ -86,6 +98,63 @@ def test_what_one_rank_sends_is_what_the_other_awaits():
             assert schedules[(rank + number) % 4].steps[number].receive == step.send.numel()
     total = sum(schedule.my_sent_tokens for schedule in schedules)
     assert total == schedules[0].sent_tokens > 0
+
+
+@st.composite
+def placed_rows(draw) -> list[RowPlan]:
+    """Any placement of the blocks of one to three rows, not only the planner's."""
+    ranks = draw(st.integers(1, 4))
+    row_length = ranks * draw(st.integers(1, 12))
+    blocks = ranks * blocks_per_rank(row_length, ranks=ranks)
+    plans = []
+    for _ in range(draw(st.integers(1, 3))):
+        inner = draw(st.sets(st.integers(1, row_length), max_size=5)) - {row_length}
+        row = cut_row(np.array([0, *sorted(inner), row_length]), blocks=blocks)
+        owner = draw(st.permutations(np.arange(blocks) % ranks))
+        plans.append(RowPlan(row, np.array(owner), ranks))
+    return plans
+
+
+@settings(max_examples=150, deadline=None)
+@given(placed_rows())
+def test_the_ranks_compute_every_pair_once_and_send_nothing_else(plans):
+    ranks, row_length = plans[0].ranks, int(plans[0].row.boundaries[-1])
+    schedules = [make_schedule(plans, rank=rank) for rank in range(ranks)]
+    row_starts = np.arange(len(plans))[:, None] * row_length
+    tokens = [(local_tokens(plans, rank=r) + row_starts).reshape(-1) for r in range(ranks)]
+
+    pairs, keys_sent = [], []
+    for rank, schedule in enumerate(schedules):
+        edges = schedule.causal.cu_seqlens_q.tolist()
+        for low, high in pairwise(edges):
+            mine = tokens[rank][low:high].tolist()
+            pairs += [(query, key) for i, query in enumerate(mine) for key in mine[: i + 1]]
+        for number, step in enumerate(schedule.steps):
+            source = (rank - number) % ranks
+            message = tokens[source][schedules[source].steps[number].send.numpy()]
+            assert len(message) == step.receive
+            seen = set()
+            if step.rectangles is not None:
+                keys = tokens[rank] if number == 0 else message
+                spans = step.rectangles.spans
+                for q, k in zip(
+                    pairwise(spans.cu_seqlens_q.tolist()),
+                    pairwise(spans.cu_seqlens_k.tolist()),
+                    strict=True,
+                ):
+                    queries = tokens[rank][step.rectangles.queries[slice(*q)].numpy()].tolist()
+                    met = keys[step.rectangles.keys[slice(*k)].numpy()].tolist()
+                    pairs += [(query, key) for query in queries for key in met]
+                    seen.update(met)
+            keys_sent.append(len(message))
+            assert number == 0 or seen == set(message.tolist()), "something sent is of no use"
+
+    documents = np.concatenate([np.diff(plan.row.boundaries) for plan in plans])
+    document = np.repeat(np.arange(len(documents)), documents)
+    query, key = np.tril_indices(len(document))
+    same = document[query] == document[key]
+    assert sorted(pairs) == sorted(zip(query[same].tolist(), key[same].tolist(), strict=True))
+    assert sum(keys_sent) == schedules[0].sent_tokens == sum(plan.sent_tokens for plan in plans)
 
 
 def test_rows_that_do_not_divide_are_an_error_that_names_a_row_length_that_does():

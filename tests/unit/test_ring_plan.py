@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +19,18 @@ from anchor_context.parallel.plan import (
     plan_row,
     zigzag_plan,
 )
+
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def unavoidable_tokens():
+    sys.path.insert(0, BENCHMARKS)
+    try:
+        from sequence_parallel import unavoidable_tokens
+    finally:
+        sys.path.remove(BENCHMARKS)
+    return unavoidable_tokens
 
 
 @st.composite
@@ -133,3 +148,39 @@ def test_the_plan_depends_on_the_boundaries_alone():
 )
 def test_blocks_divide_any_row_that_the_ring_divides(row_length, blocks):
     assert blocks_per_rank(row_length, ranks=4) == blocks
+
+
+def all_placements(tokens: int, ranks: int) -> np.ndarray:
+    """(placements, tokens): every way to give each rank equally many tokens; rank 0 holds the last."""
+    owners = np.zeros((1, 0), dtype=np.int64)
+    for _ in range(tokens):
+        owners = np.concatenate([np.insert(owners, 0, rank, axis=1) for rank in range(ranks)])
+        counts = (owners[:, :, None] == np.arange(ranks)).sum(1)
+        owners = owners[(counts <= tokens // ranks).all(1)]
+    return owners[owners[:, -1] == 0]
+
+
+@pytest.mark.parametrize(("tokens", "ranks"), [(6, 2), (8, 2), (6, 3), (8, 4)])
+def test_no_placement_sends_less_than_the_benchmarks_minimum(unavoidable_tokens, tokens, ranks):
+    """All documents in a row of a few tokens, all placements of single tokens."""
+    placements = all_placements(tokens, ranks)
+    reached = 0
+    for cuts in range(2 ** (tokens - 1)):
+        inner = [edge for edge in range(1, tokens) if cuts >> (edge - 1) & 1]
+        row = cut_row(np.array([0, *inner, tokens]), blocks=tokens)
+        least = min(RowPlan(row, owner, ranks).sent_tokens for owner in placements)
+        bound = unavoidable_tokens(row.boundaries, ranks=ranks)
+        assert least >= bound
+        reached += least == bound > 0
+    assert reached > 1, "the bound is never reached where it is more than nothing"
+
+
+def test_the_benchmarks_minimum_by_hand(unavoidable_tokens):
+    """Also where contiguous pieces send more than another placement: the first and last quarter together."""
+    quarters = np.array([0, 800, 2400, 3200])
+    row = cut_row(quarters, blocks=4)
+    assert unavoidable_tokens(quarters, ranks=2) == 0
+    assert RowPlan(row, np.array([0, 1, 1, 0]), 2).sent_tokens == 0
+    assert contiguous_plan(row, ranks=2).sent_tokens == 800
+    assert unavoidable_tokens(np.array([0, 3200]), ranks=4) == 2400 + 1600 + 800
+    assert unavoidable_tokens(np.array([0, 100, 2000, 3200]), ranks=4) == (1100 + 300) + 400
