@@ -50,9 +50,9 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
     ) -> tuple[Tensor, None]:
         if layout is None:
             raise ValueError(
-                "this model attends by document: call it with layout=DocumentLayout(…) (a family "
-                "whose layers do not hand it on cannot be trained here), or load the saved model "
-                "with AutoModelForCausalLM for plain causal attention"
+                f"no layout reached {type(module).__name__} (not given, or not handed on by this "
+                "family's layers); call the model with layout=DocumentLayout(…), or load the saved "
+                "model with AutoModelForCausalLM for plain causal attention"
             )
         remedy = "set it to 0 or null in the model's config.json"
         out = attend_call(attend, module, query, key, value, layout, settings, remedy=remedy)
