@@ -11,14 +11,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from anchor_context.attention.calls import attend_call
 from anchor_context.layout import DocumentLayout
-
-NOT_COMPUTED = ("softcap", "s_aux", "position_bias")
-"""Arguments of transformers' attention functions that change the scores: a cap, sinks, a bias."""
 
 # A name per model, because transformers looks attention functions up by name. Not "flash…": such a
 # name sends transformers to look for a kernel on its hub.
@@ -47,38 +44,19 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
+        *,
         layout: DocumentLayout | None = None,
-        **others,
+        **settings,
     ) -> tuple[Tensor, None]:
         if layout is None:
             raise ValueError(
-                "this model attends by document: call it with layout=DocumentLayout(…) (a family "
-                "whose layers do not hand it on cannot be trained here), or load the saved model "
-                "with AutoModelForCausalLM for plain causal attention"
+                f"no layout reached {type(module).__name__} (not given, or not handed on by this "
+                "family's layers); call the model with layout=DocumentLayout(…), or load the saved "
+                "model with AutoModelForCausalLM for plain causal attention"
             )
-        if dropout:
-            raise ValueError(
-                "attention dropout is not supported: set config.attention_dropout to 0"
-            )
-        changes_scores = [name for name in NOT_COMPUTED if others.get(name) is not None]
-        if changes_scores:
-            raise ValueError(
-                f"{type(module).__name__} asks for {', '.join(changes_scores)}, which the engines do "
-                "not compute"
-            )
-        device = query.device.type
-        if torch.is_autocast_enabled(device):  # rotary embeddings leave q and k in float32 there
-            dtype = torch.get_autocast_dtype(device)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        value_size, short = value.shape[-1], query.shape[-1] - value.shape[-1]
-        if short > 0:  # multi-head latent attention: kernels want values as long as keys
-            value = torch.nn.functional.pad(value, (0, short))
-        out = attend(query, key, value, layout, scale=scale, sliding_window=sliding_window)
-        return out.transpose(1, 2)[..., :value_size], None
+        remedy = "set it to 0 or null in the model's config.json"
+        out = attend_call(attend, module, query, key, value, layout, settings, remedy=remedy)
+        return out, None
 
     name = next(_names)
     AttentionInterface.register(name, attention)

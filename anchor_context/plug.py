@@ -39,7 +39,7 @@ def patch_model(
     pattern: str = "anchor",
     kernel: str | None = None,
 ) -> PreTrainedModel:
-    """Make `model` attend by document, in place; returns it.
+    """Make `model` attend by document, in place; returns it. Patched again, only the last counts.
 
     The model's forward then accepts three forms, in this order: `layout=DocumentLayout` (what
     `AnchorDataCollator` makes); `cu_seq_lens_q` (transformers' and TRL's padding-free collators);
@@ -79,7 +79,9 @@ def patch_model(
         layout = layout.to(tokens.device)
         return args, kwargs | {"layout": layout, "position_ids": layout.position_ids}
 
-    model.register_forward_pre_hook(complete_call, with_kwargs=True)
+    if hook := getattr(model, "_anchor_context_hook", None):  # of an earlier patch_model
+        hook.remove()
+    model._anchor_context_hook = model.register_forward_pre_hook(complete_call, with_kwargs=True)
     return model
 
 
@@ -174,11 +176,17 @@ class AnchorDataCollator:
             )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Raises `ValueError` for padded features and for `seq_lengths` that do not add up."""
+        """Raises `ValueError` for padded features, `seq_lengths` that do not add up, and empty rows."""
         if any("seq_lengths" in feature for feature in features):
             rows = [_documents(feature) for feature in features]
         else:
             rows = [[document for feature in features for document in _documents(feature)]]
+        if not rows or not all(rows):
+            raise ValueError(
+                f"{rows.count([])} of the {len(rows)} rows of this batch ({len(features)} features) "
+                "have no tokens: drop empty documents first, for instance with "
+                "dataset.filter(lambda example: len(example['input_ids']) > 0)"
+            )
         rows = [self._with_anchors(row) for row in rows]
 
         row_length = max(sum(len(ids) for ids, _ in row) for row in rows)

@@ -3,7 +3,8 @@
     PYTHONPATH=. python examples/sft_trainer.py MODEL TEXTS.jsonl OUTPUT_DIR [--max_length 4096 …]
 
 MODEL is a folder or hub name, each line of TEXTS.jsonl has a "text", and whatever follows is for
-`SFTConfig`. TRL packs documents into rows of at most max_length; the anchors come on top.
+`SFTConfig`. TRL packs documents into rows of at most max_length; the anchors come on top. A document
+longer than that is split, each piece behind its own anchor (TRL's default would drop the rest of it).
 """
 
 import sys
@@ -16,7 +17,7 @@ from anchor_context import AnchorDataCollator, patch_model
 
 name, texts, output_dir, *flags = sys.argv[1:]
 (arguments,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses(
-    ["--output_dir", output_dir, "--packing", "true", *flags]
+    ["--output_dir", output_dir, "--packing", "true", "--packing_strategy", "bfd_split", *flags]
 )
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = patch_model(AutoModelForCausalLM.from_pretrained(name), engine="flash", pattern="anchor")

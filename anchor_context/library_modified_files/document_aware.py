@@ -12,7 +12,7 @@ the library's function. The model has rotated queries and keys before: positions
 the two intra-document patterns differ only in what the caller passes. Rows that have an anchor at the
 start of every document already (positions 0, i, i + 1, …) want intra_doc, which then *is*
 AnchorAttention.
-Costs: the boundaries are read once per forward, not per layer.
+Costs: boundaries and mask are read once per forward (in inference mode at every layer).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from anchor_context.attention.calls import attend_call
+
 VARIABLE = "ANCHOR_CONTEXT_PATTERN"
 CHOICES = ("anchor", "intra_doc", "intra_doc_reset", "off")
-NOT_COMPUTED = ("softcap", "s_aux", "position_bias")
-"""Arguments of the library's functions that change the scores in a way the engines do not compute."""
 
 
 def chosen_pattern(environment: Mapping[str, str]) -> str:
@@ -64,20 +64,9 @@ def document_aware(library_function: Callable, *, engine: str) -> Callable:
         layout = documents.of_call(module, query, key, attention_mask, settings)
         if layout is None:
             return library_function(module, query, key, value, attention_mask, **settings)
-        unsupported = [name for name in NOT_COMPUTED if settings.get(name) is not None]
-        if unsupported or settings.get("dropout"):
-            raise ValueError(
-                f"{VARIABLE}={pattern}: {type(module).__name__} asks for "
-                f"{', '.join(unsupported) or 'attention dropout'}, which is not computed by "
-                f"document; set {VARIABLE}=off for this model"
-            )
-        if torch.is_autocast_enabled(query.device.type):
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        scale = settings.get("scaling") or query.shape[-1] ** -0.5
-        window = settings.get("sliding_window")
-        out = attend(query, key, value, layout, scale=scale, sliding_window=window)
-        return out.transpose(1, 2).contiguous(), None
+        remedy = f"set {VARIABLE}=off (it is {pattern}) for this model"
+        out = attend_call(attend, module, query, key, value, layout, settings, remedy=remedy)
+        return out, None
 
     return attention
 
@@ -87,8 +76,8 @@ class _Documents:
 
     def __init__(self, pattern: str):
         self.pattern = pattern
-        self._layouts = WeakIdKeyDictionary()
-        self._verdicts = WeakIdKeyDictionary()
+        self._layouts = _Remembered()
+        self._verdicts = _Remembered()
 
     def of_call(self, module, query: Tensor, key: Tensor, mask, settings: dict[str, Any]):
         """The layout of a packed causal self-attention call, or None for every other call."""
@@ -100,13 +89,11 @@ class _Documents:
         source = positions if boundaries is None else boundaries
         if source is None:
             return None
-        # The tensor's version tells an in-place change; inference tensors do not count theirs.
-        state = (query.shape[0], query.shape[2], source.is_inference() or source._version)
-        known = self._layouts.get(source)
-        if known is None or known[0] != state or source.is_inference():
-            known = (state, self._layout(query, boundaries, positions))
-            self._layouts[source] = known
-        layout = known[1]
+        layout = self._layouts.of(
+            source,
+            (query.shape[0], query.shape[2]),
+            lambda: self._layout(query, boundaries, positions),
+        )
         if layout is None or (boundaries is None and not self._is_the_librarys(mask, layout)):
             return None
         return layout
@@ -135,9 +122,25 @@ class _Documents:
         positions. Padding or a mask of the caller's own says more, and stays in force."""
         if mask is None:
             return True
-        if mask not in self._verdicts:
-            self._verdicts[mask] = _is_document_mask(mask, layout)
-        return self._verdicts[mask]
+        return self._verdicts.of(mask, layout, lambda: _is_document_mask(mask, layout))
+
+
+class _Remembered:
+    """What was read from an argument of a call, until it is another object or was written to."""
+
+    def __init__(self):
+        self._known = WeakIdKeyDictionary()
+
+    def of(self, source, state, read: Callable[[], Any]):
+        """What `read()` says of `source`, asked again only if `source` or `state` has changed."""
+        if isinstance(source, Tensor):
+            if source.is_inference():  # these do not count what is written to them
+                return read()
+            state = (state, source._version)
+        known = self._known.get(source)
+        if known is None or known[0] != state:
+            known = self._known[source] = (state, read())
+        return known[1]
 
 
 def _is_document_mask(mask, layout) -> bool:

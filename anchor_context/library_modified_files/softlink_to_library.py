@@ -43,15 +43,34 @@ FILES = {
 }
 
 PRISTINE = "the library's own"
+EDITED = "edited: not what the library's wheel recorded"
 INSTALLED = "linked to this checkout"
 ELSEWHERE = "linked to another checkout of this project"
+COPIED = "a copy of a modified file in place of a link"
 LEFTOVER = "the library's own; a kept copy is left from an interrupted run"
 UPGRADED = "the library's own, upgraded since the link was made; the kept copy is out of date"
-COPIED = "a copy of the modified file in place of a link"
-BROKEN = "damaged: the pristine file that should stand beside the link is missing or altered"
+LOST = "lost or overwritten, but the pristine file is kept beside it"
+BROKEN = "damaged: neither it nor what is kept beside it is known to be the library's own file"
 FOREIGN = "a link that this project did not make"
 MISSING = "missing from the library"
 HEALTHY = (PRISTINE, INSTALLED)
+
+# What stands at the target, by row, and what is kept beside it, by column: as the wheel recorded it,
+# of a wheel that recorded nothing, altered, or nothing at all.
+KEPT = ("as recorded", "unrecorded", "altered", "none")
+STATES = {
+    "our link": (INSTALLED, INSTALLED, BROKEN, BROKEN),
+    "another checkout's link": (ELSEWHERE, ELSEWHERE, BROKEN, BROKEN),
+    "our copy": (COPIED, COPIED, BROKEN, BROKEN),
+    "the library's file": (LEFTOVER, LEFTOVER, UPGRADED, PRISTINE),
+    "another file": (LOST, BROKEN, BROKEN, EDITED),
+    "nothing": (LOST, LOST, BROKEN, MISSING),
+    "a foreign link": (FOREIGN, FOREIGN, FOREIGN, FOREIGN),
+}
+# What `restore` does about a state. It refuses BROKEN (unless --force puts a kept file back), FOREIGN
+# and MISSING. The kept file goes only where the library's own stands already.
+PUT_BACK = (INSTALLED, ELSEWHERE, COPIED, LOST)
+REMOVE_KEPT = (LEFTOVER, UPGRADED)
 
 
 class SoftlinkError(Exception):
@@ -96,13 +115,8 @@ class LinkedFile:
     def temporary(self) -> Path:
         return self.target.with_name(f".{self.target.name}.anchor_context.tmp")
 
-    def is_as_recorded(self, path: Path) -> bool:
-        """Whether `path` holds what the library's wheel recorded; True where it recorded nothing."""
-        recorded = self.library.recorded.get(self.relative)
-        return recorded is None or sha256(path) == recorded
-
-    def state(self) -> str:
-        """What stands at the target now: one of the words above."""
+    def at_target(self) -> str:
+        """What stands at the target: a row of `STATES`."""
         if self.target.is_symlink():
             # The link's own text, not where it leads: a checkout that moved leaves it dangling.
             link = os.readlink(self.target)
@@ -110,17 +124,35 @@ class LinkedFile:
             if not link.replace(os.sep, "/").endswith(
                 f"{inside}{self.library.name}/{self.relative}"
             ):
-                return FOREIGN
-            if not self.pristine.exists():
-                return BROKEN
-            return INSTALLED if Path(link) == self.modified else ELSEWHERE
+                return "a foreign link"
+            return "our link" if Path(link) == self.modified else "another checkout's link"
         if not self.target.exists():
-            return MISSING
-        if sha256(self.target) == sha256(self.modified):
-            return COPIED if self.pristine.exists() else BROKEN
+            return "nothing"
+        # Whichever commit a copy is of, it imports the pristine file and is nothing without it.
+        if self.pristine.stem.encode() in self.target.read_bytes():
+            return "our copy"
+        own = self.library.recorded.get(self.relative)
+        if own is None:  # nothing to compare with but what was kept
+            own = sha256(self.pristine if self.pristine.exists() else self.target)
+        return "the library's file" if sha256(self.target) == own else "another file"
+
+    def kept(self) -> str:
+        """What is kept beside the target: one of `KEPT`."""
         if not self.pristine.exists():
-            return PRISTINE
-        return LEFTOVER if sha256(self.target) == sha256(self.pristine) else UPGRADED
+            return "none"
+        recorded = self.library.recorded.get(self.relative)
+        if recorded is None:
+            return "unrecorded"
+        return "as recorded" if sha256(self.pristine) == recorded else "altered"
+
+    def state(self) -> str:
+        """What the two amount to: one of the words of `STATES`."""
+        return STATES[self.at_target()][KEPT.index(self.kept())]
+
+    def leftovers(self) -> list[Path]:
+        """What a killed run may leave besides the kept file."""
+        compiled = self.target.parent.glob(f"__pycache__/{self.pristine.stem}.*.pyc")
+        return [path for path in (self.temporary, *compiled) if os.path.lexists(path)]
 
 
 def sha256(path: Path) -> str:
@@ -165,14 +197,17 @@ def check_install(file: LinkedFile, *, force: bool) -> str | None:
         SoftlinkError: it cannot be linked as it stands.
     """
     state, library = file.state(), file.library
-    if state == INSTALLED:
+    insisted = force and state == BROKEN and file.kept() == "altered"
+    if state == INSTALLED or (insisted and file.at_target() == "our link"):
         return None
-    if state in (BROKEN, FOREIGN, MISSING, COPIED):
-        remedy = f"{library.reinstall}, then install again"
-        if state == COPIED:
-            remedy = "run `restore`, then `install` (links are lost when site-packages is copied)"
-        raise SoftlinkError(f"{file.target} is {state}: {remedy}")
-    if state != ELSEWHERE and not force and not file.is_as_recorded(file.target):
+    if state in (COPIED, LOST):
+        raise SoftlinkError(
+            f"{file.target} is {state}: run `restore`, then `install` (links are lost when "
+            "site-packages is copied)"
+        )
+    if state in (FOREIGN, MISSING) or (state == BROKEN and not insisted):
+        raise SoftlinkError(f"{file.target} is {state}: {library.reinstall}, then install again")
+    if state == EDITED and not force:
         raise SoftlinkError(
             f"{file.target} was edited: it is not the file that {library.name} {library.version} "
             f"came with. {library.reinstall}, or insist with --force"
@@ -182,7 +217,7 @@ def check_install(file: LinkedFile, *, force: bool) -> str | None:
 
 def install_file(file: LinkedFile) -> None:
     """Keep the pristine file, then put the link in its place. Killed anywhere, the library works."""
-    if file.state() in (PRISTINE, UPGRADED):
+    if file.at_target() in ("the library's file", "another file") and file.state() != LEFTOVER:
         file.temporary.unlink(missing_ok=True)
         shutil.copy2(file.target, file.temporary)
         sync(file.temporary)
@@ -209,32 +244,31 @@ def check_restore(file: LinkedFile, *, force: bool) -> str | None:
         SoftlinkError: the pristine file is not there to restore.
     """
     state, library = file.state(), file.library
+    if state in PUT_BACK or (force and state == BROKEN and file.kept() != "none"):
+        return f"{file.pristine} -> {file.target}"
+    if state == BROKEN and file.kept() != "none":
+        raise SoftlinkError(
+            f"{file.target} is {state}. {file.pristine} is not put back over it, because it is not "
+            f"known to be the file that {library.name} {library.version} came with (the library was "
+            f"upgraded, or one of the two edited): {library.reinstall}, or insist with --force"
+        )
     if state in (BROKEN, FOREIGN, MISSING):
         raise SoftlinkError(f"{file.target} is {state}: {library.reinstall}")
-    if state in (INSTALLED, ELSEWHERE, COPIED):
-        if not force and not file.is_as_recorded(file.pristine):
-            raise SoftlinkError(
-                f"{file.pristine} is not the file that {library.name} {library.version} came with "
-                "(the library was upgraded, or the kept file edited), and is not put back over it: "
-                f"{library.reinstall}, or insist with --force"
-            )
-        return f"{file.pristine} -> {file.target}"
-    if state in (LEFTOVER, UPGRADED):
+    if state in REMOVE_KEPT:
         return f"remove {file.pristine} ({state})"
-    if os.path.lexists(file.temporary):
-        return f"remove {file.temporary} (left from an interrupted run)"
+    if leftovers := file.leftovers():
+        return f"remove {', '.join(map(str, leftovers))} (left from an interrupted run)"
     return None
 
 
 def restore_file(file: LinkedFile) -> None:
     """Put the pristine file back over the link, or remove a kept copy that nothing needs."""
-    file.temporary.unlink(missing_ok=True)
-    if file.state() in (LEFTOVER, UPGRADED):
+    if file.state() in REMOVE_KEPT:
         file.pristine.unlink()
     elif file.pristine.exists():
         os.replace(file.pristine, file.target)
-    for compiled in (file.target.parent / "__pycache__").glob(f"{file.pristine.stem}.*.pyc"):
-        compiled.unlink()
+    for path in file.leftovers():
+        path.unlink()
     sync(file.target.parent)
 
 
@@ -318,8 +352,7 @@ def change(
             raise SoftlinkError(
                 f"{what}: {error.strerror}. The library works as it stands; run `{action}` again"
             ) from error
-    done = PRISTINE if action == "restore" else INSTALLED
-    wrong = [file.target for file, _ in plan if file.state() != done]
+    wrong = [file.target for file, _ in plan if check(file, force=force) is not None]
     assert not wrong, f"{action} left {wrong} otherwise"
     if action == "install":
         print("switch it on with ANCHOR_CONTEXT_PATTERN=anchor (or intra_doc, intra_doc_reset)")
@@ -335,8 +368,6 @@ def report(libraries: list[Library]) -> bool:
         )
         for file in linked_files(library):
             state = file.state()
-            if state == INSTALLED and not file.is_as_recorded(file.pristine):
-                state = BROKEN
             healthy &= state in HEALTHY
             print(f"  {file.relative}: {state}")
     return healthy

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,52 @@ def test_an_example_trains_and_leaves_a_plain_model(model_folder, tmp_path, exam
     program += "model = M.from_pretrained(sys.argv[1]); assert 'anchor' not in str(model.config)\n"
     program += "model.generate(torch.tensor([[0, 5, 6]]), max_new_tokens=3)\n"
     subprocess.run([sys.executable, "-c", program, tmp_path / "out"], check=True, cwd=tmp_path)
+
+
+def test_the_sft_example_keeps_every_token_of_a_long_document(model_folder, tmp_path, monkeypatch):
+    """TRL's own default would cut it at max_length; its pieces are documents with anchors."""
+    lengths = [2 * ROW + 22, 20, 9]  # with BOS and EOS
+    words = iter(range(10**6))
+    documents = [" ".join(f"w{next(words) % 60}" for _ in range(n - 2)) for n in lengths]
+    lines = (json.dumps({"text": text}) for text in documents)
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(SFTTrainer, "train", lambda self: None)
+    arguments = ["sft_trainer.py", model_folder, tmp_path / "texts.jsonl", tmp_path / "out"]
+    arguments += ["--max_length", ROW, "--per_device_train_batch_size", 8, "--use_cpu", "true"]
+    arguments += ["--bf16", "false", "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in arguments])
+    trainer = runpy.run_path(str(ROOT / "examples/sft_trainer.py"))["trainer"]
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in documents]
+    assert [len(ids) for ids in expected] == lengths
+    pieces = [ids[at : at + ROW] for ids in expected for at in range(0, len(ids), ROW)]
+
+    (batch,) = trainer.get_train_dataloader()
+    tokens, targets = batch["input_ids"].flatten(), batch["shift_labels"].flatten()
+    edges = batch["layout"].cu_seqlens.tolist()
+    found = []
+    for start, end in pairwise(edges):
+        ids = tokens[start:end].tolist()
+        if (targets[start:end] == -100).all():  # padding at a row's end
+            continue
+        assert ids[0] == tokenizer.bos_token_id and batch["position_ids"].flatten()[start] == 0
+        found.append(ids if ids in pieces else ids[1:])  # the first piece begins with BOS itself
+        # Nothing is asked across the anchor or the end of a piece.
+        assert targets[end - 1] == -100
+        assert targets[start + 1 : end - 1].tolist() == ids[2:]
+    assert sorted(found) == sorted(pieces)
+
+    # A token of one piece changes nothing in another.
+    model = trainer.model.eval()
+    inputs = {"layout": batch["layout"], "position_ids": batch["position_ids"]}
+    before = model(batch["input_ids"], **inputs).logits.flatten(0, 1)
+    changed = batch["input_ids"].clone()
+    changed[0, edges[1] - 1] = 5 + (changed[0, edges[1] - 1] == 5)
+    difference = (model(changed, **inputs).logits.flatten(0, 1) - before).abs().amax(-1)
+    assert difference[edges[1] - 1] > 1e-3
+    difference[edges[1] - 1] = 0
+    assert difference.max() < 1e-6
 
 
 def test_trl_alone_with_a_patched_model_states_boundaries_enough(model_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from itertools import chain
@@ -120,6 +121,27 @@ def test_bad_features_are_named(feature, message):
         AnchorDataCollator(TOKENIZER)([feature])
 
 
+@pytest.mark.parametrize("pattern", ["anchor", "intra_doc"])
+@pytest.mark.parametrize(
+    "empty",
+    [
+        [],
+        [{"input_ids": []}],
+        [{"input_ids": []}, {"input_ids": []}],
+        [{"input_ids": [3, 4], "seq_lengths": [2]}, {"input_ids": [], "seq_lengths": []}],
+    ],
+)
+def test_a_row_without_tokens_is_named(empty, pattern):
+    with pytest.raises(ValueError, match="have no tokens: drop empty documents"):
+        AnchorDataCollator(TOKENIZER, pattern=pattern)(empty)
+
+
+def test_an_empty_document_among_others_leaves_nothing():
+    collator = AnchorDataCollator(TOKENIZER)
+    batch = collator([{"input_ids": [5]}, {"input_ids": []}, {"input_ids": [6]}])
+    assert batch["input_ids"].tolist() == [[1, 5, 1, 6]]
+
+
 # --- the model ------------------------------------------------------------------------------------
 
 
@@ -198,6 +220,27 @@ def test_mismatches_are_errors():
     model = patch_model(tiny_llama(), pattern="intra_doc")
     with pytest.raises(ValueError, match="packed for the pattern 'anchor'"):
         model(**AnchorDataCollator(TOKENIZER)(features()))
+
+
+def test_a_model_patched_again_is_as_if_patched_once():
+    twice = patch_model(tiny_llama(), engine="flex", pattern="anchor")
+    copied = patch_model(copy.deepcopy(twice), pattern="full")  # a copy is patched on its own
+    full = AnchorDataCollator(TOKENIZER, pattern="full")(features())
+    assert copied(**full).loss.isfinite()
+    with pytest.raises(ValueError, match="packed for the pattern 'full'"):
+        twice(**full)
+    with pytest.raises(ValueError, match="pattern 'mine'"):
+        patch_model(twice, pattern="mine")
+    batch = AnchorDataCollator(TOKENIZER, engine="flex", pattern="anchor")(features())
+    first = twice(**batch).logits
+    patch_model(twice, engine="flash", pattern="intra_doc")
+    with pytest.raises(ValueError, match="packed for the pattern 'anchor'"):
+        twice(**batch)
+    once = patch_model(tiny_llama(), engine="flash", pattern="intra_doc")
+    other = AnchorDataCollator(TOKENIZER, engine="flash", pattern="intra_doc")(features())
+    torch.testing.assert_close(twice(**other).logits, once(**other).logits, rtol=0, atol=0)
+    patch_model(twice, engine="flex", pattern="anchor")
+    torch.testing.assert_close(twice(**batch).logits, first, rtol=0, atol=0)
 
 
 def test_gradient_checkpointing_changes_nothing():

@@ -29,6 +29,7 @@ LAYERS = {  # path prefix -> layer; the longest prefix that matches counts
     "anchor_context/attention/flex.py": 2,
     "anchor_context/packed.py": 2,
     "anchor_context/attention/patterns.py": 1,
+    "anchor_context/attention/calls.py": 1,
     "anchor_context/data/": 1,
     "anchor_context/loss.py": 1,
     "anchor_context/memory.py": 1,

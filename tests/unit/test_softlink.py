@@ -135,14 +135,26 @@ def whole(site: Path, before: dict) -> None:
             assert own.read_bytes() == before[f"{name}/{relative}"]
 
 
+def compile_pristine(site: Path) -> None:
+    """What Python leaves when it imported the kept files."""
+    for pristine in site.rglob("*_pristine.py"):
+        cache = pristine.parent / "__pycache__"
+        cache.mkdir(exist_ok=True)
+        (cache / f"{pristine.stem}.cpython-311.pyc").write_bytes(b"compiled")
+
+
 @pytest.mark.parametrize("action", ["install", "restore"])
 def test_killed_at_every_change_the_library_works_and_the_next_call_finishes(site, action):
     before = contents(site)
     run(site, "install")
+    if action == "restore":
+        compile_pristine(site)
     installed = contents(site)
     kills = 0
     for n in range(500):
         run(site, "restore" if action == "install" else "install")
+        if action == "restore":
+            compile_pristine(site)
         start = before if action == "install" else installed
         assert contents(site) == start
         code = run(site, action, before=KILL.format(n=n), code=None)
@@ -231,16 +243,109 @@ def test_an_edited_library_file_needs_force(site):
     assert file.read_text() == "MINE = True\n"
 
 
-def test_a_copy_in_place_of_a_link_is_recognised(site):
-    """What is left when site-packages was copied by a tool that follows links."""
+@pytest.mark.parametrize("more", [b"", b"# what an earlier commit ended with\n"])
+def test_a_copy_in_place_of_a_link_is_recognised(site, more):
+    """What is left when site-packages was copied by a tool that follows links; the checkout may have
+    moved on since."""
     before = contents(site)
     run(site, "install")
     file = site / "transformers/integrations/sdpa_attention.py"
     modified = file.read_bytes()
     file.unlink()
-    file.write_bytes(modified)
+    file.write_bytes(modified + more)
     assert softlink.COPIED in run(site, "status", code=1)
     assert "restore" in run(site, "install", code=1)
+    run(site, "restore")
+    assert contents(site) == before
+
+
+OWN, EARLIER, OTHER = b"WHICH = 'own'\n", b"WHICH = 'earlier version'\n", b"MINE = True\n"
+RELATIVE = "integrations/sdpa_attention.py"
+KEPT = {  # what is kept beside the target -> its bytes, and whether the library has a record
+    "as recorded": (OWN, True),
+    "unrecorded": (OWN, False),
+    "altered": (EARLIER, True),
+    "none": (None, True),
+    "none, unrecorded": (None, False),
+}
+AT_TARGET = {
+    "our link": softlink.MODIFIED_FILES / "transformers" / RELATIVE,
+    "another checkout's link": Path(
+        f"/gone/library_modified_files/modified_files/transformers/{RELATIVE}"
+    ),
+    "our copy": (softlink.MODIFIED_FILES / "transformers" / RELATIVE).read_bytes(),
+    "our older copy": b"from transformers.integrations import sdpa_attention_pristine\n",
+    "the library's file": OWN,
+    "another file": OTHER,
+    "nothing": None,
+    "a foreign link": Path("/elsewhere/sdpa_attention.py"),
+}
+# What `restore` makes of each: the kept file is put back; only removed; everything is as it was
+# already; or it refuses, with nothing changed ("force": unless --force puts the kept file back).
+RESTORE = {
+    "our link": ("put", "put", "force", "refuse", "refuse"),
+    "another checkout's link": ("put", "put", "force", "refuse", "refuse"),
+    "our copy": ("put", "put", "force", "refuse", "refuse"),
+    "our older copy": ("put", "put", "force", "refuse", "refuse"),
+    "the library's file": ("remove", "remove", "remove", "nothing", "nothing"),
+    "another file": ("put", "force", "force", "nothing", "nothing"),
+    "nothing": ("put", "put", "force", "refuse", "refuse"),
+    "a foreign link": ("refuse", "refuse", "refuse", "refuse", "refuse"),
+}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("target", "kept", "outcome"),
+    [(t, k, o) for t, row in RESTORE.items() for k, o in zip(KEPT, row, strict=True)],
+)
+def test_restore_of_every_target_beside_every_kept_file(tmp_path, target, kept, outcome, force):
+    pristine, has_record = KEPT[kept]
+    recorded = {RELATIVE: hashlib.sha256(OWN).hexdigest()} if has_record else {}
+    library = softlink.Library("transformers", tmp_path, VERSIONS["transformers"], recorded)
+    file = softlink.LinkedFile(library, RELATIVE)
+    file.target.parent.mkdir()
+    stands = AT_TARGET[target]
+    if isinstance(stands, Path):
+        file.target.symlink_to(stands)
+    elif stands is not None:
+        file.target.write_bytes(stands)
+    if pristine is not None:
+        file.pristine.write_bytes(pristine)
+    before = contents(tmp_path)
+
+    if outcome == "refuse" or (outcome == "force" and not force):
+        with pytest.raises(softlink.SoftlinkError, match="pip install"):
+            softlink.check_restore(file, force=force)
+        return
+    if outcome == "nothing":
+        assert softlink.check_restore(file, force=force) is None
+        return
+    assert softlink.check_restore(file, force=force) is not None
+    softlink.restore_file(file)
+    now = pristine if outcome in ("put", "force") else before[RELATIVE]
+    assert contents(tmp_path) == {RELATIVE: now}
+    assert softlink.check_restore(file, force=force) is None
+
+
+def test_a_killed_install_over_an_edited_file_is_finished_with_force(site):
+    file = site / "transformers/integrations/sdpa_attention.py"
+    file.write_bytes(OTHER)
+    (pristine := file.with_name("sdpa_attention_pristine.py")).write_bytes(OTHER)
+    run(site, "install", code=1)
+    run(site, "install", "--force")
+    assert file.is_symlink() and pristine.read_bytes() == OTHER
+    assert "nothing to do" in run(site, "install", "--force")
+    run(site, "restore", "--force")
+    assert file.read_bytes() == OTHER and not pristine.exists()
+    assert softlink.EDITED in run(site, "status", code=1)
+
+
+def test_a_lost_file_is_not_linked_before_it_is_restored(site):
+    before = contents(site)
+    run(site, "install")
+    (site / "transformers/integrations/sdpa_attention.py").unlink()
+    assert "run `restore`" in run(site, "install", code=1)
     run(site, "restore")
     assert contents(site) == before
 
@@ -335,4 +440,5 @@ def test_no_library_code_is_copied():
             ours = {line.strip() for line in modified.read_text().splitlines()}
             theirs = {line.strip() for line in library.read_text().splitlines()}
             assert len(ours) < 40
+            assert f"{modified.stem}_pristine" in modified.read_text()  # how a copy is recognised
             assert not {line for line in ours & theirs if len(line) > 30}

@@ -1,0 +1,136 @@
+"""The attention function of the linked library files: which calls it takes, and what it makes of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from anchor_context.library_modified_files.document_aware import document_aware
+from anchor_context.plug import patch_model
+
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2]])
+CAUSAL = torch.ones(6, 6).tril().bool()
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+
+
+def library_function(module, query, key, value, attention_mask, **settings) -> tuple[str, None]:
+    return "the library's", None
+
+
+def own_documents(lengths: list[int]) -> Tensor:
+    """(1, 1, S, S) bool, by hand: causal, own document."""
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return ((document[:, None] == document) & CAUSAL)[None, None]
+
+
+def qkv(value_size: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 6, 8), (1, 2, 6, 8), (1, 2, 6, value_size))
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+@pytest.fixture
+def intra_doc(monkeypatch):
+    monkeypatch.setenv("ANCHOR_CONTEXT_PATTERN", "intra_doc")
+
+
+def taken(function, mask: Tensor | None, positions: Tensor = POSITIONS) -> bool:
+    """Whether the call attends by document, rather than as the library would."""
+    out, _ = function(Layer(), *qkv(), mask, position_ids=positions)
+    return isinstance(out, Tensor)
+
+
+def test_a_mask_written_in_place_is_read_again(intra_doc):
+    function = document_aware(library_function, engine="flex")
+    mask = own_documents([3, 3])
+    assert taken(function, mask)
+    mask.copy_(CAUSAL)  # the same buffer now holds a mask of the caller's own
+    assert not taken(function, mask)
+    mask.copy_(own_documents([3, 3]))
+    assert taken(function, mask)
+
+
+def test_a_mask_is_read_again_for_other_documents(intra_doc):
+    function = document_aware(library_function, engine="flex")
+    mask = own_documents([3, 3])
+    assert taken(function, mask)
+    assert not taken(function, mask, torch.tensor([[0, 1, 0, 1, 2, 3]]))
+    assert taken(function, mask)
+
+
+def test_masks_and_positions_of_inference_mode_are_read_at_every_call(intra_doc):
+    function = document_aware(library_function, engine="flex")
+    with torch.inference_mode():
+        mask, positions = own_documents([3, 3]), POSITIONS.clone()
+        assert taken(function, mask, positions)
+        mask.copy_(CAUSAL)
+        assert not taken(function, mask, positions)
+        mask.copy_(own_documents([2, 4]))
+        positions.copy_(torch.tensor([[0, 1, 0, 1, 2, 3]]))
+        assert taken(function, mask, positions)
+
+
+def ways(engine: str):
+    """The attention of the linked files, and that of a patched model, as `f(q, k, v, **settings)`."""
+    linked = document_aware(library_function, engine=engine)
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    model = patch_model(LlamaForCausalLM(config), engine=engine, pattern="intra_doc")
+    layouts = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: layouts.append(kwargs["layout"]), with_kwargs=True
+    )
+    model(torch.zeros(1, 6, dtype=torch.long), position_ids=POSITIONS)
+    patched = AttentionInterface()[model.config._attn_implementation]
+    return (
+        lambda *x, **more: linked(Layer(), *x, None, position_ids=POSITIONS, **more)[0],
+        lambda *x, **more: patched(Layer(), *x, None, layout=layouts[0], **more)[0],
+    )
+
+
+@pytest.mark.parametrize("engine", ["flash", "flex"])
+@pytest.mark.parametrize("value_size", [8, 4])
+def test_both_ways_compute_values_shorter_than_keys(intra_doc, engine, value_size):
+    """Multi-head latent attention; flash kernels take no such values."""
+    q, k, v = qkv(value_size)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, own_documents([3, 3]), enable_gqa=True
+    ).transpose(1, 2)
+    for way in ways(engine):
+        torch.testing.assert_close(way(q, k, v), expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"position_bias": torch.zeros(1, 4, 6, 6)}, "position_bias"),
+        ({"dropout": 0.1}, "attention dropout"),
+    ],
+)
+def test_both_ways_refuse_what_is_not_computed(intra_doc, setting, name):
+    for way, remedy in zip(
+        ways("flash"), ("ANCHOR_CONTEXT_PATTERN=off", "config.json"), strict=True
+    ):
+        with pytest.raises(ValueError, match=f"Layer asks for {name}.*{remedy}"):
+            way(*qkv(), **setting)
+
+
+def test_importing_it_inside_transformers_import_loads_no_more_of_transformers():
+    code = "import sys, anchor_context.library_modified_files.document_aware\n"
+    code += "assert 'torch' in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
