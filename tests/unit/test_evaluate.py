@@ -21,6 +21,7 @@ from anchor_context.attention.patterns import make_layout
 from anchor_context.attention.reference import attend
 from anchor_context.data.packing import find_anchor_id
 from anchor_context.demo import standard_library_texts, tiny_llama, train_tokenizer
+from anchor_context.evaluation import perplexity
 from anchor_context.evaluation.perplexity import perplexity_rows, position_ranges, token_losses
 from anchor_context.evaluation.plots import heat_map, perplexity_curve
 from anchor_context.evaluation.prompts import (
@@ -33,6 +34,7 @@ from anchor_context.evaluation.prompts import (
 )
 from anchor_context.evaluation.retrieval import Answer, accuracies, answer_prompts, first_number
 from anchor_context.models import set_attention
+from tests.model_coverage import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -203,6 +205,34 @@ def test_losses_are_those_of_the_plain_model(tiny):
     losses = token_losses(model, ids)
     assert losses.shape == (1499,)
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "family, behind_the_head",
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("gemma2", {"final_logit_softcapping": 0.5}),
+        ("opt", {}),  # its forward passes by its base model's
+        ("gpt2", {}),
+        ("mixtral", {}),
+    ],
+)
+def test_logits_in_pieces_are_the_models_own(family, behind_the_head, monkeypatch):
+    monkeypatch.setattr(perplexity, "CHUNK", 16)
+    model = tiny_model(family, window=4096)
+    for name, value in behind_the_head.items():
+        assert hasattr(model.config, name)
+        setattr(model.config, name, value)
+        if name in vars(model):  # the model's own copy
+            setattr(model, name, value)
+    ids = torch.randint(3, 64, (41,), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, :-1]
+        bare = model.get_output_embeddings()(model.base_model(ids[None]).last_hidden_state)[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+    torch.testing.assert_close(token_losses(model, ids).double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(logits, bare) != bool(behind_the_head), "the case shows nothing"
 
 
 def test_plain_causal_attention_is_anchor_attention_on_one_document(tiny):
