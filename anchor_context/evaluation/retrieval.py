@@ -80,18 +80,28 @@ def first_number(text: str) -> str | None:
 
 
 def greedy(model: PreTrainedModel, *, pad_id: int) -> Generate:
-    """The model's own greedy generation, whatever its generation config says of sampling.
+    """The model's own `generate`, plainly greedy: nothing of its generation config but the end token.
 
     `pad_id`, a special token, stands behind the answers that end before others of their batch.
     """
 
     @torch.inference_mode()
     def generate(prompts: Tensor, *, new_tokens: int) -> Tensor:
-        prompts = prompts.to(model.device)
-        config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad_id)
-        output = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), generation_config=config
+        prompts, own = prompts.to(model.device), model.generation_config
+        plain = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=pad_id,
+            eos_token_id=own.eos_token_id,
         )
+        # transformers fills what a config leaves unset (penalties, suppressed tokens) from the model's.
+        model.generation_config = plain
+        try:
+            output = model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), generation_config=plain
+            )
+        finally:
+            model.generation_config = own
         return output[:, prompts.shape[1] :]
 
     return generate

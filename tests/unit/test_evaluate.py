@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from anchor_context import evaluate
 from anchor_context.attention.patterns import make_layout
@@ -62,6 +62,7 @@ class CopyingModel:
 
     device = torch.device("cpu")
     config = SimpleNamespace()
+    generation_config = GenerationConfig()
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -180,6 +181,31 @@ def test_batches_do_not_change_the_answers(tiny, tokenizer):
     prompts = prompts_of(tokenizer, "passkey", 128, [0, 50, 100])
     one, three = (answer_prompts(generate, prompts, tokenizer, batch_size=size) for size in (1, 3))
     assert one == three and len(one) == 6
+
+
+def test_generation_is_plain_greedy_whatever_the_models_generation_config_says(tiny, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    prompts = torch.tensor([prompts_of(tokenizer, "passkey", 128, [50])[0].token_ids])
+    expected = prompts
+    with torch.no_grad():
+        for _ in range(8):
+            expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), dim=1)
+    expected = expected[:, prompts.shape[1] :]
+    repeated = expected[0, 0].item()
+    own = GenerationConfig(
+        do_sample=True,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=[repeated],
+        min_new_tokens=3,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model.generation_config = own
+    generate = evaluate.greedy(model, pad_id=tokenizer.bos_token_id)
+    assert generate(prompts, new_tokens=8).tolist() == expected.tolist()
+    assert model.generation_config is own
+    own.eos_token_id = [repeated]  # what ends an answer is the model's own
+    assert generate(prompts, new_tokens=8).tolist() == [[repeated]]
 
 
 def test_the_heat_map_shows_the_accuracies_on_a_scale_from_0_to_1():
