@@ -38,10 +38,10 @@ from anchor_context.evaluation.prompts import (
     Haystack,
     make_prompts,
     passkey_sentences,
-    sentences_of,
+    pieces_of,
     varied_sentences,
 )
-from anchor_context.evaluation.retrieval import accuracies, answer_prompts, greedy
+from anchor_context.evaluation.retrieval import accuracies, answer_prompts, greedy, mean_by_cell
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,12 +119,12 @@ def note_long_lengths(model: PreTrainedModel, lengths: list[int], state: Partial
 
 def all_prompts(flags: argparse.Namespace, tokenizer) -> list:
     if flags.command == "passkey":
-        sentences = passkey_sentences()
+        pieces = passkey_sentences()
     elif flags.haystack:
-        sentences = sentences_of(Path(flags.haystack).read_text(encoding="utf-8"))
+        pieces = pieces_of(Path(flags.haystack).read_text(encoding="utf-8"))
     else:
-        sentences = varied_sentences(flags.seed)
-    haystack = Haystack(sentences, tokenizer, length=max(flags.lengths))
+        pieces = varied_sentences(flags.seed)
+    haystack = Haystack(pieces, tokenizer, length=max(flags.lengths))
     return [
         prompt
         for length in flags.lengths
@@ -159,7 +159,11 @@ def evaluate_retrieval(
         return
     answers.sort(key=lambda answer: (answer.length, answer.depth, answer.trial))
     accuracy = accuracies(answers)
-    results = [{"length": s, "depth": d, "accuracy": a} for (s, d), a in accuracy.items()]
+    real_depths = mean_by_cell(answers, "real_depth")
+    results = [
+        {"length": s, "depth": d, "real_depth": real_depths[s, d], "accuracy": a}
+        for (s, d), a in accuracy.items()
+    ]
     by_length = {
         s: sum(a for (length, _), a in accuracy.items() if length == s) / len(flags.depths)
         for s in flags.lengths

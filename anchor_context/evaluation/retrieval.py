@@ -28,6 +28,8 @@ class Answer:
 
     length: int
     depth: float
+    real_depth: float
+    """`depth` as asked for, and as the text allowed (`prompts.Prompt`)."""
     trial: int
     answer: str
     generated: str
@@ -63,6 +65,7 @@ def answer_prompts(
                     Answer(
                         prompt.length,
                         prompt.depth,
+                        prompt.real_depth,
                         prompt.trial,
                         prompt.answer,
                         text,
@@ -109,7 +112,12 @@ def greedy(model: PreTrainedModel, *, pad_id: int) -> Generate:
 
 def accuracies(answers: list[Answer]) -> dict[tuple[int, float], float]:
     """(length, depth) -> the share of correct answers."""
-    cells: dict[tuple[int, float], list[bool]] = {}
+    return mean_by_cell(answers, "correct")
+
+
+def mean_by_cell(answers: list[Answer], field: str) -> dict[tuple[int, float], float]:
+    """(length, depth) -> the mean of a field of its answers."""
+    cells: dict[tuple[int, float], list[float]] = {}
     for answer in answers:
-        cells.setdefault((answer.length, answer.depth), []).append(answer.correct)
+        cells.setdefault((answer.length, answer.depth), []).append(getattr(answer, field))
     return {cell: sum(found) / len(found) for cell, found in sorted(cells.items())}

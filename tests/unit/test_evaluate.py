@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from anchor_context.evaluation.prompts import (
     Haystack,
     make_prompts,
     passkey_sentences,
-    sentences_of,
+    pieces_of,
     varied_sentences,
 )
 from anchor_context.evaluation.retrieval import Answer, accuracies, answer_prompts, first_number
@@ -210,7 +211,9 @@ def test_generation_is_plain_greedy_whatever_the_models_generation_config_says(t
 
 def test_the_heat_map_shows_the_accuracies_on_a_scale_from_0_to_1():
     answers = [
-        Answer(length, depth, trial, "1", "", correct=(length, depth, trial) != (8192, 50.0, 0))
+        Answer(
+            length, depth, depth, trial, "1", "", correct=(length, depth, trial) != (8192, 50.0, 0)
+        )
         for length in (4096, 8192)
         for depth in (0.0, 50.0, 100.0)
         for trial in range(4)
@@ -317,15 +320,73 @@ def test_perplexity_of_a_checkpoint(tiny, tmp_path, capsys):
 
 
 def test_a_haystack_of_ones_own(tiny, tokenizer, tmp_path):
-    sentences = sentences_of("One sentence here. And another! Is it?")
-    assert [next(sentences) for _ in range(4)] == [
+    pieces = pieces_of("One sentence here. And another! Is it?")
+    assert [next(pieces) for _ in range(4)] == [
         " One sentence here.",
         " And another!",
         " Is it?",
         " One sentence here.",
     ]
     with pytest.raises(ValueError, match="--haystack is empty"):
-        sentences_of(" ")
+        pieces_of(" ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "天地玄黄，宇宙洪荒，日月盈昃，辰宿列张；" * 40,  # not one sentence's end
+        "山高水长。" * 150,
+        "".join(f"def f{i}(x):\n    return x[{i}] + {{'k': x}}\n" for i in range(80)),
+        "x" * 3000,
+        "A short one. " + "and then " * 400,
+    ],
+    ids=["Chinese clauses", "Chinese sentences", "code", "one word", "one long sentence"],
+)
+def test_a_fact_stands_at_its_depth_in_any_text(tokenizer, text):
+    pieces = list(itertools.islice(pieces_of(text), 30))
+    assert (" " + text.strip()).startswith("".join(pieces)) and max(map(len, pieces)) <= 64
+    haystack = Haystack(pieces_of(text), tokenizer, length=1000)
+    prompts = make_prompts(
+        TASKS["passkey"],
+        haystack,
+        tokenizer,
+        anchor_id=find_anchor_id(tokenizer),
+        length=1000,
+        depths=[0, 25, 50, 75, 100],
+        trials=1,
+        seed=0,
+    )
+    for prompt in prompts:
+        before = tokenizer.decode(prompt.token_ids).split(" The pass key is")[0]
+        fact, question = (
+            len(tokenizer(t.format(number=prompt.answer), add_special_tokens=False)["input_ids"])
+            for t in (TASKS["passkey"].fact, TASKS["passkey"].question)
+        )
+        room = len(prompt.token_ids) - 1 - fact - question
+        real = len(tokenizer(before, add_special_tokens=False)["input_ids"]) - 1  # less the BOS
+        assert "\ufffd" not in before, "a character was cut in two"
+        assert prompt.real_depth == pytest.approx(100 * real / room, abs=2)
+        assert prompt.real_depth == pytest.approx(prompt.depth, abs=6)
+
+
+def test_the_nearest_sentences_end_is_taken_unless_it_is_far_off(tokenizer):
+    text = "one two three four. " * 12 + "five six seven eight " * 60
+    haystack = Haystack(pieces_of(text), tokenizer, length=600)
+    early, late = haystack.split(600, 10), haystack.split(600, 80)
+    assert early in haystack.sentence_ends and abs(early - 60) <= 0.05 * 600
+    assert late not in haystack.sentence_ends and abs(late - 480) <= 0.05 * 600
+
+
+def test_the_real_depth_is_recorded(tiny, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", lambda path, device: CopyingModel(tokenizer))
+    (tmp_path / "text.txt").write_text("天地玄黄宇宙洪荒" * 200)
+    flags = ("--lengths", "512", "--depths", "0,50", "--trials", "1", "--out", tmp_path)
+    run("needle", "--model", tiny / "model", *flags, "--haystack", tmp_path / "text.txt")
+    results = json.loads((tmp_path / "needle.json").read_text())["results"]
+    with (tmp_path / "needle.csv").open() as stream:
+        lines = list(csv.DictReader(stream))
+    assert [float(line["real_depth"]) for line in lines] == [r["real_depth"] for r in results]
+    assert results[0]["real_depth"] == 0 and 30 < results[1]["real_depth"] != 50
 
 
 def test_two_processes_share_the_work_and_agree_with_one(tiny, tmp_path):
