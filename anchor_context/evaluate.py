@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(flags.model)
     # Everything that can be refused is refused before the model is loaded.
     if flags.command == "ppl":
-        work = list(long_documents(flags, tokenizer))
+        work = list(long_documents(flags, tokenizer, state))
     else:
         work = all_prompts(flags, tokenizer)
     model = load_model(flags.model, state.device)
@@ -77,7 +77,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
         add("--out", required=True, help="the folder for picture, CSV and JSON")
         if name == "ppl":
-            add("--dataset", required=True, help="text documents, in any form that train.py reads")
+            add("--dataset", required=True, help="raw text documents, in any form train.py reads")
+            add("--text_column", "--text-column", default="text", help="the column of the text")
+            add(
+                "--skip_bad_documents",
+                "--skip-bad-documents",
+                action="store_true",
+                help="leave out records that are damaged or have no text, and say how many",
+            )
             add("--documents", type=positive, default=50, help="at most so many, from the start")
             continue
         add("--depths", type=depths_of, default=depths_of("0,10,20,30,40,50,60,70,80,90,100"))
@@ -178,17 +185,28 @@ def evaluate_retrieval(
 # ppl
 
 
-def long_documents(flags: argparse.Namespace, tokenizer) -> Iterator[Tensor]:
+def long_documents(flags: argparse.Namespace, tokenizer, state: PartialState) -> Iterator[Tensor]:
     """(longest,) int64 of each document that fills the longest length: the anchor, then its tokens.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a record is bad and --skip_bad_documents was not given.
     """
-    reader = DocumentReader(tokenizer, "raw_json", vocab_size=len(tokenizer))
+    reader = DocumentReader(
+        tokenizer,
+        "raw_json",
+        vocab_size=len(tokenizer),
+        text_column=flags.text_column,
+        skip_bad_documents=flags.skip_bad_documents,
+    )
     anchor, needed = torch.tensor([find_anchor_id(tokenizer)]), max(flags.lengths) - 1
     found, longest = 0, 0
     for unit in read_units(find_inputs(flags.dataset), reader.columns):
         documents = reader(unit)
+        if bad := documents.skipped:
+            first = (
+                f"{bad[0]['file']}, {bad[0].get('line', bad[0].get('row'))}: {bad[0]['problem']}"
+            )
+            state.print(f"note: bad documents skipped: {len(bad)}; the first: {first}")
         tokens = torch.from_numpy(documents.tokens).long()
         for document in tokens.split(documents.lengths.tolist()):
             document = document[:-1]  # the reader's EOS: a document's end is not what is asked

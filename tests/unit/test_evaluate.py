@@ -319,6 +319,21 @@ def test_perplexity_of_a_checkpoint(tiny, tmp_path, capsys):
         run("ppl", *flags, "--lengths", "1000000")
 
 
+def test_perplexity_of_another_column_with_damaged_records(tiny, tmp_path, capsys):
+    texts = [json.loads(line)["text"] for line in (tiny / "documents.jsonl").open()]
+    lines = ["{damaged", *(json.dumps({"body": {"raw": text}}) for text in texts)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["ppl", "--model", tiny / "model", "--dataset", tmp_path / "d.jsonl", "--out", tmp_path]
+    flags += ["--lengths", "128", "--documents", "2", "--text_column", "body.raw"]
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 1: .*pass --skip_bad_documents"):
+        run(*flags)
+    run(*flags, "--skip_bad_documents")
+    assert "note: bad documents skipped: 1; the first: " in capsys.readouterr().out
+    found = json.loads((tmp_path / "ppl.json").read_text())["results"]
+    run(*flags, "--dataset", tiny / "documents.jsonl", "--text-column", "text")
+    assert json.loads((tmp_path / "ppl.json").read_text())["results"] == found
+
+
 def test_a_haystack_of_ones_own(tiny, tokenizer, tmp_path):
     pieces = pieces_of("One sentence here. And another! Is it?")
     assert [next(pieces) for _ in range(4)] == [
