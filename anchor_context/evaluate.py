@@ -38,10 +38,10 @@ from anchor_context.evaluation.prompts import (
     Haystack,
     make_prompts,
     passkey_sentences,
-    sentences_of,
+    pieces_of,
     varied_sentences,
 )
-from anchor_context.evaluation.retrieval import accuracies, answer_prompts, greedy
+from anchor_context.evaluation.retrieval import accuracies, answer_prompts, greedy, mean_by_cell
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(flags.model)
     # Everything that can be refused is refused before the model is loaded.
     if flags.command == "ppl":
-        work = list(long_documents(flags, tokenizer))
+        work = list(long_documents(flags, tokenizer, state))
     else:
         work = all_prompts(flags, tokenizer)
     model = load_model(flags.model, state.device)
@@ -77,7 +77,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
         add("--out", required=True, help="the folder for picture, CSV and JSON")
         if name == "ppl":
-            add("--dataset", required=True, help="text documents, in any form that train.py reads")
+            add("--dataset", required=True, help="raw text documents, in any form train.py reads")
+            add("--text_column", "--text-column", default="text", help="the column of the text")
+            add(
+                "--skip_bad_documents",
+                "--skip-bad-documents",
+                action="store_true",
+                help="leave out records that are damaged or have no text, and say how many",
+            )
             add("--documents", type=positive, default=50, help="at most so many, from the start")
             continue
         add("--depths", type=depths_of, default=depths_of("0,10,20,30,40,50,60,70,80,90,100"))
@@ -119,12 +126,12 @@ def note_long_lengths(model: PreTrainedModel, lengths: list[int], state: Partial
 
 def all_prompts(flags: argparse.Namespace, tokenizer) -> list:
     if flags.command == "passkey":
-        sentences = passkey_sentences()
+        pieces = passkey_sentences()
     elif flags.haystack:
-        sentences = sentences_of(Path(flags.haystack).read_text(encoding="utf-8"))
+        pieces = pieces_of(Path(flags.haystack).read_text(encoding="utf-8"))
     else:
-        sentences = varied_sentences(flags.seed)
-    haystack = Haystack(sentences, tokenizer, length=max(flags.lengths))
+        pieces = varied_sentences(flags.seed)
+    haystack = Haystack(pieces, tokenizer, length=max(flags.lengths))
     return [
         prompt
         for length in flags.lengths
@@ -159,7 +166,11 @@ def evaluate_retrieval(
         return
     answers.sort(key=lambda answer: (answer.length, answer.depth, answer.trial))
     accuracy = accuracies(answers)
-    results = [{"length": s, "depth": d, "accuracy": a} for (s, d), a in accuracy.items()]
+    real_depths = mean_by_cell(answers, "real_depth")
+    results = [
+        {"length": s, "depth": d, "real_depth": real_depths[s, d], "accuracy": a}
+        for (s, d), a in accuracy.items()
+    ]
     by_length = {
         s: sum(a for (length, _), a in accuracy.items() if length == s) / len(flags.depths)
         for s in flags.lengths
@@ -174,17 +185,28 @@ def evaluate_retrieval(
 # ppl
 
 
-def long_documents(flags: argparse.Namespace, tokenizer) -> Iterator[Tensor]:
+def long_documents(flags: argparse.Namespace, tokenizer, state: PartialState) -> Iterator[Tensor]:
     """(longest,) int64 of each document that fills the longest length: the anchor, then its tokens.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a record is bad and --skip_bad_documents was not given.
     """
-    reader = DocumentReader(tokenizer, "raw_json", vocab_size=len(tokenizer))
+    reader = DocumentReader(
+        tokenizer,
+        "raw_json",
+        vocab_size=len(tokenizer),
+        text_column=flags.text_column,
+        skip_bad_documents=flags.skip_bad_documents,
+    )
     anchor, needed = torch.tensor([find_anchor_id(tokenizer)]), max(flags.lengths) - 1
     found, longest = 0, 0
     for unit in read_units(find_inputs(flags.dataset), reader.columns):
         documents = reader(unit)
+        if bad := documents.skipped:
+            first = (
+                f"{bad[0]['file']}, {bad[0].get('line', bad[0].get('row'))}: {bad[0]['problem']}"
+            )
+            state.print(f"note: bad documents skipped: {len(bad)}; the first: {first}")
         tokens = torch.from_numpy(documents.tokens).long()
         for document in tokens.split(documents.lengths.tolist()):
             document = document[:-1]  # the reader's EOS: a document's end is not what is asked

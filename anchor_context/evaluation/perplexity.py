@@ -1,14 +1,16 @@
 """Perplexity by position on long documents.
 
-Guarantees: every position is measured on the same documents, those that fill the longest length, so that
-a difference between positions is the model's and not the texts'. The anchor comes first and is no
-target.
-Costs: one forward per document, and the logits of `CHUNK` tokens at a time.
+Guarantees: the logits are the model's own, scaled or capped behind the head as its forward does. Every
+position is measured on the same documents, those that fill the longest length, so that a difference
+between positions is the model's and not the texts'. The anchor comes first and is no target.
+Costs: one forward per document, another of a single token per `CHUNK` tokens, and the logits of `CHUNK`
+tokens at a time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -24,13 +26,43 @@ CHUNK = 1024
 def token_losses(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     """The negative log likelihood of token_ids[1:] (nats), (S − 1,) float32, from token_ids (S,)."""
     token_ids = token_ids.to(model.device)
-    hidden = model.base_model(token_ids[None], use_cache=False).last_hidden_state[0]
-    head = model.get_output_embeddings()
+    pieces = zip(logits_in_pieces(model, token_ids[:-1]), token_ids[1:].split(CHUNK), strict=True)
     losses = [
-        cross_entropy(head(some).float(), targets, reduction="none")
-        for some, targets in zip(hidden[:-1].split(CHUNK), token_ids[1:].split(CHUNK), strict=True)
+        cross_entropy(logits.float(), targets, reduction="none") for logits, targets in pieces
     ]
     return torch.cat(losses).cpu()
+
+
+def logits_in_pieces(model: PreTrainedModel, token_ids: Tensor) -> Iterator[Tensor]:
+    """The logits of token_ids (S,), `CHUNK` tokens (≤ CHUNK, vocabulary) at a time.
+
+    What a model does behind its head it does to each token alone. So the whole row goes through once up
+    to the head, and then every piece from the head on, in the forward of a single token.
+    """
+    head_inputs = []
+
+    def take(head_input: Tensor) -> Tensor:
+        head_inputs.append(head_input)
+        return head_input[:, :1]
+
+    _forward(model, token_ids, take)
+    assert len(head_inputs) == 1, (
+        f"{type(model).__name__} applies its head {len(head_inputs)} times"
+    )
+    for piece in head_inputs[0].split(CHUNK, dim=1):
+        yield _forward(model, token_ids[:1], lambda _, piece=piece: piece)[0]
+
+
+def _forward(
+    model: PreTrainedModel, token_ids: Tensor, replace: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The model's logits (1, tokens, vocabulary) with `replace(x)` for its head's input x."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (replace(args[0]),))
+    try:
+        return model(token_ids[None], use_cache=False).logits
+    finally:
+        hook.remove()
 
 
 def position_ranges(longest: int) -> list[tuple[int, int]]:

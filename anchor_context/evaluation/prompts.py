@@ -52,7 +52,9 @@ class Prompt:
     length: int
     """Tokens, the answer's included."""
     depth: float
-    """Percent of the text that comes before the fact: 0 the beginning, 100 the end."""
+    """Percent of the text to come before the fact: 0 the beginning, 100 the end."""
+    real_depth: float
+    """Percent that does: the fact stands between sentences, or words."""
     trial: int
     token_ids: list[int]
     answer: str
@@ -95,37 +97,57 @@ def varied_sentences(seed: int) -> Iterator[str]:
         yield f" {choose(who)} {choose(did)} {choose(what)} {choose(when)}."
 
 
-def sentences_of(text: str) -> Iterator[str]:
-    """A text's sentences, from the start again where it ends."""
-    parts = [" " + part.strip() for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()]
-    if not parts:
+PIECE = re.compile(
+    r"(?s).{1,64}?[.!?](?=\s|$)|.{1,64}?[。！？]"  # to a sentence's end, if it is near
+    r"|.{1,64}(?=\n)|.{1,64}(?=\s)|.{1,16}"  # else to the end of a line, of a word, or anywhere
+)
+SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """A text in pieces of at most 64 characters, its sentences where they are as short as that, from
+    the start again where it ends."""
+    if not text.strip():
         raise ValueError("--haystack is empty; give a file with text")
-    return itertools.cycle(parts)
+    return itertools.cycle(PIECE.findall(" " + text.strip()))
 
 
 class Haystack:
-    """The sentences of a filler as tokens, as many as the longest prompt asks for."""
+    """The pieces of a filler (sentences, or parts of them) as tokens, as many as the longest prompt
+    asks for."""
 
-    def __init__(
-        self, sentences: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, length: int
-    ):
+    NEAR = 0.05
+    """Of the text: so near to the depth, a sentence's end is better than any other place."""
+
+    def __init__(self, pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, length: int):
         self.token_ids: list[int] = []
-        self.ends = [0]
-        """Token counts after which a fact may stand: the ends of sentences."""
+        self.places = [0]
+        """Token counts after which a fact may stand: the ends of pieces."""
+        self.sentence_ends = [0]
         known: dict[str, list[int]] = {}
-        for sentence in sentences:
-            if sentence not in known:
-                known[sentence] = tokenizer(sentence, add_special_tokens=False)["input_ids"]
-            self.token_ids += known[sentence]
-            self.ends.append(len(self.token_ids))
+        for piece in pieces:
+            if piece not in known:
+                known[piece] = tokenizer(piece, add_special_tokens=False)["input_ids"]
+            self.token_ids += known[piece]
+            self.places.append(len(self.token_ids))
+            if piece.endswith(SENTENCE_ENDS):
+                self.sentence_ends.append(len(self.token_ids))
             if len(self.token_ids) >= length:
                 return
 
     def split(self, room: int, depth: float) -> int:
         """After how many of the first `room` tokens the fact stands: the sentence's end nearest to the
-        depth. The sentence that `room` cuts off comes last, before the question."""
+        depth, or where that is far off, the nearest place. The piece that `room` cuts off comes last,
+        before the question."""
         wanted = room * depth / 100
-        return min((end for end in self.ends if end <= room), key=lambda end: abs(end - wanted))
+
+        def nearest(places: list[int]) -> int:
+            return min(
+                (place for place in places if place <= room), key=lambda place: abs(place - wanted)
+            )
+
+        end = nearest(self.sentence_ends)
+        return end if abs(end - wanted) <= self.NEAR * room else nearest(self.places)
 
 
 def make_prompts(
@@ -162,5 +184,6 @@ def make_prompts(
         at = haystack.split(room, depth)
         before, after = haystack.token_ids[:at], haystack.token_ids[at:room]
         token_ids = [anchor_id, *before, *fact, *after, *question]
-        prompts.append(Prompt(length, depth, trial, token_ids, answer))
+        real_depth = 100 * at / room if room else depth
+        prompts.append(Prompt(length, depth, real_depth, trial, token_ids, answer))
     return prompts

@@ -28,6 +28,8 @@ class Answer:
 
     length: int
     depth: float
+    real_depth: float
+    """`depth` as asked for, and as the text allowed (`prompts.Prompt`)."""
     trial: int
     answer: str
     generated: str
@@ -63,6 +65,7 @@ def answer_prompts(
                     Answer(
                         prompt.length,
                         prompt.depth,
+                        prompt.real_depth,
                         prompt.trial,
                         prompt.answer,
                         text,
@@ -80,18 +83,28 @@ def first_number(text: str) -> str | None:
 
 
 def greedy(model: PreTrainedModel, *, pad_id: int) -> Generate:
-    """The model's own greedy generation, whatever its generation config says of sampling.
+    """The model's own `generate`, plainly greedy: nothing of its generation config but the end token.
 
     `pad_id`, a special token, stands behind the answers that end before others of their batch.
     """
 
     @torch.inference_mode()
     def generate(prompts: Tensor, *, new_tokens: int) -> Tensor:
-        prompts = prompts.to(model.device)
-        config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad_id)
-        output = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), generation_config=config
+        prompts, own = prompts.to(model.device), model.generation_config
+        plain = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=pad_id,
+            eos_token_id=own.eos_token_id,
         )
+        # transformers fills what a config leaves unset (penalties, suppressed tokens) from the model's.
+        model.generation_config = plain
+        try:
+            output = model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), generation_config=plain
+            )
+        finally:
+            model.generation_config = own
         return output[:, prompts.shape[1] :]
 
     return generate
@@ -99,7 +112,12 @@ def greedy(model: PreTrainedModel, *, pad_id: int) -> Generate:
 
 def accuracies(answers: list[Answer]) -> dict[tuple[int, float], float]:
     """(length, depth) -> the share of correct answers."""
-    cells: dict[tuple[int, float], list[bool]] = {}
+    return mean_by_cell(answers, "correct")
+
+
+def mean_by_cell(answers: list[Answer], field: str) -> dict[tuple[int, float], float]:
+    """(length, depth) -> the mean of a field of its answers."""
+    cells: dict[tuple[int, float], list[float]] = {}
     for answer in answers:
-        cells.setdefault((answer.length, answer.depth), []).append(answer.correct)
+        cells.setdefault((answer.length, answer.depth), []).append(getattr(answer, field))
     return {cell: sum(found) / len(found) for cell, found in sorted(cells.items())}

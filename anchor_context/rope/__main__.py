@@ -23,17 +23,20 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
 from anchor_context.attention.patterns import PATTERNS, attended_boundaries, make_layout
+from anchor_context.models import check_scores
 from anchor_context.rope.plots import draw_all
 from anchor_context.rope.precision import (
     Arrangement,
     Case,
-    Change,
+    TokenChange,
+    check_attention,
     each_step,
     float32_rotation,
     measure_layer,
     model_arithmetic,
     rope_of,
     sample_queries,
+    scoring_of,
     time_rotation,
     visit_layers,
 )
@@ -123,8 +126,14 @@ def measure(
     queries: int,
     setting: dict[str, str],
 ) -> Measurements:
-    """Measure every length, shift, type and pattern, layer by layer of one forward pass per length."""
-    config, rope = model.config, rope_of(model)
+    """Measure every length, shift, type and pattern, layer by layer of one forward pass per length.
+
+    Raises:
+        ValueError: the model computes its attention in another way than the laboratory.
+    """
+    check_scores(model.config)
+    check_attention(model)
+    config, rope, scoring = model.config, rope_of(model), scoring_of(model)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = 2 * len(rope.inv_freq)
     cases = [case for dtype in dtypes for case in cases_of(dtype)]
@@ -137,7 +146,6 @@ def measure(
     for length in lengths:
         sampled = sample_queries(length, number=queries).to(model.device)
         arrangements = [arrange(name, length, documents, model.device) for name in patterns]
-        plain = arrange("full", length, 1, model.device)
         bar = tqdm(total=config.num_hidden_layers, desc=f"{length:,} tokens", unit="layer")
 
         def visit(
@@ -147,50 +155,44 @@ def measure(
             length: int = length,
             sampled: Tensor = sampled,
             arrangements: list[Arrangement] = arrangements,
-            plain: Arrangement = plain,
             bar: tqdm = bar,
         ) -> None:
-            common = {
-                "layer": layer,
-                "queries": sampled,
-                "rope": rope,
-                "scale": head_dim**-0.5,
-            }
             for arrangement in arrangements:
+                common = {
+                    "layer": layer,
+                    "queries": sampled,
+                    "rope": rope,
+                    "scale": scoring[layer].scale,
+                    "window": scoring[layer].window,
+                    "arrangement": arrangement,
+                }
                 for row in measure_layer(
-                    query,
-                    key,
-                    arrangement=arrangement,
-                    cases=cases,
-                    shifts=shifts,
-                    by_token=length == max(lengths),
-                    **common,
+                    query, key, cases=cases, shifts=shifts, by_token=True, **common
                 ):
-                    target = changes if isinstance(row, Change) else tokens
-                    target.append({"length": length, **asdict(row)})
-            for row in measure_layer(
-                query, key, arrangement=plain, cases=steps, shifts=[max(shifts)], **common
-            ):
-                dtype, step, rounded = row.arithmetic.split("/")
-                step_changes.append(
-                    {
-                        "length": length,
-                        "dtype": dtype,
-                        "step": step,
-                        "rounded": rounded,
-                        **asdict(row),
-                    }
-                )
+                    line = {"length": length, **asdict(row)}
+                    if isinstance(row, TokenChange):
+                        tokens.append(line | line.pop("rounding_mean"))
+                    else:
+                        changes.append(line)
+                for row in measure_layer(query, key, cases=steps, shifts=[max(shifts)], **common):
+                    dtype, step, rounded = row.arithmetic.split("/")
+                    place = {"length": length, "dtype": dtype, "step": step, "rounded": rounded}
+                    step_changes.append({**place, **asdict(row)})
             bar.update()
 
         row_ids = put_anchors(token_ids[:length], document_starts(length, documents), config)
         visit_layers(model, row_ids[None].to(model.device), visit, queries=sampled)
         bar.close()
 
+    windows = [layer.window for layer in scoring if layer.window]
     setting = setting | {
         "layers, heads, key/value heads, head size": f"{config.num_hidden_layers}, {heads}, {kv_heads}, "
         f"{head_dim}",
         "RoPE": str(config.rope_parameters),
+        "scale of the scores": ", ".join(f"{scale:g}" for scale in {s.scale for s in scoring}),
+        "sliding window": f"{max(windows):,} tokens in {len(windows)} layers"
+        if windows
+        else "none",
         "row": f"{documents} documents of equal length, each with the anchor token first",
         "queries sampled per row, each against all keys it sees": f"{len(sampled)}, evenly over the row",
     }

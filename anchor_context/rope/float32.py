@@ -63,7 +63,7 @@ def wrap_rotation(
     Raises:
         ValueError: no layer calls `apply_rotary_pos_emb`.
     """
-    layers = [module for module in model.modules() if _rotates(module)]
+    layers = rotating_layers(model)
     if not layers or not rotary_tables(model):
         raise ValueError(
             f"cannot reach the rotation of {type(model).__name__} (--rope_precision float32 and the "
@@ -87,6 +87,11 @@ def wrap_rotation(
             del layer.forward
 
     return undo
+
+
+def rotating_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention layers that rotate through `apply_rotary_pos_emb`, in order."""
+    return [module for module in model.modules() if _rotates(module)]
 
 
 def rotary_tables(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,11 +1,12 @@
 """The laboratory's pictures, one function each, from the same rows as the CSV files.
 
-Guarantees: axes carry names and units, an arithmetic has the same colour in every picture, and exact
-and rounding part never share an axis.
+Guarantees: axes carry names and units, every pattern is shown, patterns side by side on one scale, an
+arithmetic has the same colour in every picture, and exact and rounding part never share an axis.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -44,99 +45,78 @@ def draw_all(found: Measurements, folder: Path) -> list[str]:
 
 def by_length(found: Measurements) -> Figure:
     shift = max(found.values("shift"))
-    return _over(
-        found, "length", "row length S (tokens)", {"shift": shift}, f"shift {shift:,} positions"
-    )
+    said = f"shift {shift:,} positions"
+    return _over(found, "length", "row length S (tokens)", {"shift": shift}, said)
 
 
 def by_shift(found: Measurements) -> Figure:
     length = max(found.values("length"))
-    return _over(
-        found,
-        "shift",
-        "shift of all positions (tokens)",
-        {"length": length},
-        f"row of {length:,} tokens",
-    )
+    said = f"row of {length:,} tokens"
+    return _over(found, "shift", "shift of all positions (tokens)", {"length": length}, said)
 
 
 def _over(found: Measurements, column: str, label: str, fixed: dict, said: str) -> Figure:
-    pattern = found.values("pattern")[0]
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    figure.suptitle(f"Rounding part of the change: pattern {pattern}, {said}")
+    figure, rows = _by_pattern(found, len(QUANTITIES), f"Rounding part of the change: {said}")
     x = [value for value in found.values(column) if value > 0]  # a logarithmic axis has no 0
-    for axes, (quantity, title) in zip(figure.subplots(1, 2), QUANTITIES.items(), strict=True):
-        for arithmetic in found.values("arithmetic"):
-            y = [
-                mean_of(
-                    found.changes,
-                    "rounding_sum_per_query",
-                    arithmetic=arithmetic,
-                    quantity=quantity,
-                    pattern=pattern,
-                    **{column: value},
+    for row, (quantity, title) in zip(rows, QUANTITIES.items(), strict=True):
+        for pattern, axes in row.items():
+            for arithmetic in found.values("arithmetic"):
+                where = {
+                    "arithmetic": arithmetic,
+                    "quantity": quantity,
+                    "pattern": pattern,
                     **fixed,
-                )
-                for value in x
-            ]
-            _line(axes, x, y, arithmetic)
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=title)
-        _powers_of_two(axes, x)
-        axes.grid(alpha=0.3)
+                }
+                y = [
+                    mean_of(found.changes, "rounding_sum_per_query", **{column: value}, **where)
+                    for value in x
+                ]
+                _line(axes, x, y, arithmetic)
+            axes.set(xscale="log", yscale="log", xlabel=label)
+            _powers_of_two(axes, x)
+        _first(row).set_ylabel(title)
     _legend_below(figure)
     return figure
 
 
 def by_token(found: Measurements) -> Figure:
     """By distance from the first token, and the first token's share, over row lengths."""
-    pattern, shift = found.values("pattern")[0], max(found.values("shift"))
-    lengths = found.values("length")
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    figure.suptitle(
-        f"Rounding part by token: pattern {pattern}, shift {shift:,} positions "
-        f"(left: row of {max(lengths):,} tokens)"
+    lengths, shift = found.values("length"), max(found.values("shift"))
+    figure, (profiles, shares) = _by_pattern(
+        found,
+        2,
+        f"Rounding part of the weights: shift {shift:,} positions (above: row of {max(lengths):,} tokens)",
     )
-    left, right = figure.subplots(1, 2)
-    for arithmetic in found.values("arithmetic"):
-        rows = [
-            row
-            for row in found.tokens
-            if row["arithmetic"] == arithmetic
-            and row["pattern"] == pattern
-            and row["quantity"] == "weight"
-        ]
-        starts = sorted({row["distance_from"] for row in rows})
-        means = [mean_of(rows, "rounding_mean", distance_from=start) for start in starts]
-        _line(left, starts, means, arithmetic)
-        share = [
-            mean_of(
-                found.changes,
-                "first_share_over_average",
-                arithmetic=arithmetic,
-                pattern=pattern,
-                quantity="weight",
-                shift=shift,
-                length=length,
-            )
-            for length in lengths
-        ]
-        _line(right, lengths, share, arithmetic)
-    left.set_xscale("symlog", linthresh=1, base=2)
-    left.set(
-        yscale="log",
-        xlabel="distance from the first token (tokens; 0 is the first token)",
-        ylabel="mean |weight change| of a token",
-    )
-    right.set(
-        xscale="log",
-        xlabel="row length S (tokens)",
-        ylabel="first token's share of the weights' change\n(multiple of an average token's)",
-        ylim=(0, None),
-    )
-    _powers_of_two(right, lengths)
-    right.axhline(1, color="grey", linestyle=":", linewidth=1)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    here = [
+        row
+        for row in found.tokens
+        if (row["length"], row["shift"], row["quantity"]) == (max(lengths), shift, "weight")
+    ]
+    for pattern in found.values("pattern"):
+        for arithmetic in found.values("arithmetic"):
+            where = {"arithmetic": arithmetic, "pattern": pattern}
+            columns = [
+                column
+                for column in next(row for row in here if row["pattern"] == pattern)
+                if column.startswith("distance_")
+            ]
+            starts = [int(column.split("_")[1]) for column in columns]
+            means = [mean_of(here, column, **where) for column in columns]
+            _line(profiles[pattern], starts, means, arithmetic)
+            where |= {"quantity": "weight", "shift": shift}
+            share = [
+                mean_of(found.changes, "first_share_over_average", length=length, **where)
+                for length in lengths
+            ]
+            _line(shares[pattern], lengths, share, arithmetic)
+        profiles[pattern].set_xscale("symlog", linthresh=1, base=2)
+        _powers_of_two(profiles[pattern], starts)
+        profiles[pattern].set(yscale="log", xlabel="distance from the first token seen (tokens)")
+        shares[pattern].set(xscale="log", xlabel="row length S (tokens)", ylim=(0, None))
+        _powers_of_two(shares[pattern], lengths)
+        shares[pattern].axhline(1, color="grey", linestyle=":", linewidth=1)
+    _first(profiles).set_ylabel("mean |weight change| of a token")
+    _first(shares).set_ylabel("first token's share of the change\n(multiple of an average token's)")
     _legend_below(figure)
     return figure
 
@@ -148,7 +128,10 @@ def by_pattern(found: Measurements) -> Figure:
     logits = [row for row in here if row["quantity"] == "logit"]
     patterns, arithmetics = found.values("pattern"), found.values("arithmetic")
     figure = Figure(figsize=(12, 8), layout="constrained")
-    figure.suptitle(f"By pattern: row of {length:,} tokens, shift {shift:,} positions")
+    figure.suptitle(
+        f"What a pattern removes of the change, and what not: row of {length:,} tokens, "
+        f"shift {shift:,} positions"
+    )
     (all_tokens, first_token), (first_key, exact) = figure.subplots(2, 2)
 
     width = 0.8 / len(arithmetics)
@@ -167,7 +150,7 @@ def by_pattern(found: Measurements) -> Figure:
                 if height == 0:
                     axes.annotate("0", (x, smallest / 8), ha="center", va="bottom", fontsize=8)
         if column == "first_key_error":  # zero has a place on this axis
-            axes.set_yscale("symlog", linthresh=smallest)
+            axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)))
             axes.set_ylim(bottom=0)
         else:  # bars on a logarithmic axis start anywhere: a decade below the shortest
             axes.set_yscale("log")
@@ -201,29 +184,30 @@ def by_step(found: Measurements) -> Figure:
     lengths, shift = found.values("length"), max(found.values("shift"))
     dtypes = list(dict.fromkeys(row["dtype"] for row in found.steps))
     steps = list(dict.fromkeys(row["step"] for row in found.steps))
-    figure = Figure(figsize=(4.6 * len(dtypes), 4.8), layout="constrained")
-    figure.suptitle(f"Rounding part by step: plain causal attention, shift {shift:,} positions")
-    all_axes = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
+    figure, rows = _by_pattern(
+        found, len(dtypes), f"Rounding part by step: shift {shift:,} positions"
+    )
     lines = [*((step, "alone") for step in steps), (steps[-1], "up to here")]
-    for axes, dtype in zip(all_axes, dtypes, strict=True):
-        for number, (step, how) in enumerate(lines):
-            where = {"dtype": dtype, "step": step, "rounded": how, "quantity": "logit"}
-            y = [
-                mean_of(found.steps, "rounding_mean", length=length, **where) for length in lengths
-            ]
-            together = how == "up to here"
-            axes.plot(
-                lengths,
-                y,
-                marker="osD^vx"[number],
-                color="black" if together else f"C{number}",
-                linestyle="--" if together else "-",
-                label="all together" if together else f"{step} alone",
-            )
-        axes.set(title=dtype, xscale="log", yscale="log", xlabel="row length S (tokens)")
-        _powers_of_two(axes, lengths)
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("mean |logit change| of a pair")
+    for row, dtype in zip(rows, dtypes, strict=True):
+        for pattern, axes in row.items():
+            for number, (step, how) in enumerate(lines):
+                where = {"dtype": dtype, "step": step, "rounded": how, "quantity": "logit"}
+                y = [
+                    mean_of(found.steps, "rounding_mean", length=length, pattern=pattern, **where)
+                    for length in lengths
+                ]
+                together = how == "up to here"
+                axes.plot(
+                    lengths,
+                    y,
+                    marker="osD^vx"[number],
+                    color="black" if together else f"C{number}",
+                    linestyle="--" if together else "-",
+                    label="all together" if together else f"{step} alone",
+                )
+            axes.set(xscale="log", yscale="log", xlabel="row length S (tokens)")
+            _powers_of_two(axes, lengths)
+        _first(row).set_ylabel(f"{dtype}: mean |logit change| of a pair")
     _legend_below(figure)
     return figure
 
@@ -234,27 +218,64 @@ def by_head(found: Measurements) -> Figure:
     arithmetic = next(
         a for a in ("bfloat16", "float16", "float32") if a in found.values("arithmetic")
     )
-    pattern = found.values("pattern")[0]
-    where = {"arithmetic": arithmetic, "pattern": pattern, "quantity": "weight"}
     layers, heads = found.values("layer"), sorted(found.values("head"))
-    rows = [row for row in found.changes if row["length"] == length and row["shift"] == shift]
-    values = [
-        [mean_of(rows, "rounding_sum_per_query", layer=layer, head=head, **where) for head in heads]
-        for layer in layers
-    ]
-    figure = Figure(figsize=(7.5, max(4.4, 1.6 + 0.28 * len(layers))), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(values, aspect="auto", cmap="viridis", origin="lower")
-    axes.set(
-        title=f"Rounding part by layer and head: {arithmetic}, {pattern},\n"
-        f"row of {length:,} tokens, shift {shift:,} positions",
-        xlabel="head",
-        ylabel="layer",
+    where = {"arithmetic": arithmetic, "quantity": "weight", "length": length, "shift": shift}
+    values = {
+        pattern: [
+            [
+                mean_of(
+                    found.changes,
+                    "rounding_sum_per_query",
+                    layer=layer,
+                    head=head,
+                    pattern=pattern,
+                    **where,
+                )
+                for head in heads
+            ]
+            for layer in layers
+        ]
+        for pattern in found.values("pattern")
+    }
+    figure, (row,) = _by_pattern(
+        found,
+        1,
+        f"Rounding part by layer and head: {arithmetic}, row of {length:,} tokens, "
+        f"shift {shift:,} positions",
+        height=max(3.0, 1.2 + 0.28 * len(layers)),
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, label=QUANTITIES["weight"])
+    largest = max(max(line) for lines in values.values() for line in lines)
+    for pattern, axes in row.items():
+        image = axes.imshow(
+            values[pattern], aspect="auto", cmap="viridis", origin="lower", vmin=0, vmax=largest
+        )
+        axes.grid(visible=False)
+        axes.set_xlabel("head")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    _first(row).set_ylabel("layer")
+    figure.colorbar(image, ax=list(row.values()), label=QUANTITIES["weight"])
     return figure
+
+
+def _by_pattern(
+    found: Measurements, rows: int, title: str, *, height: float = 3.3
+) -> tuple[Figure, list[dict[str, Axes]]]:
+    """A column of axes for every pattern, and so many rows; a row shares its vertical scale."""
+    patterns = found.values("pattern")
+    figure = Figure(figsize=(1.2 + 3.4 * max(2, len(patterns)), 1.2 + height * rows))
+    figure.set_layout_engine("constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(rows, len(patterns), squeeze=False, sharey="row")
+    for pattern, axes in zip(patterns, grid[0], strict=True):
+        axes.set_title(f"pattern {pattern}")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    return figure, [dict(zip(patterns, row, strict=True)) for row in grid]
+
+
+def _first(row: dict[str, Axes]) -> Axes:
+    return next(iter(row.values()))
 
 
 def _line(axes: Axes, x: list, y: list, arithmetic: str) -> None:

@@ -9,13 +9,16 @@ and once in the arithmetic under test, and splits the change in two that are nev
     rounding  the change in the arithmetic under test, less the exact part
 
 Guarantees: the float64 side is exact to its own rounding, at any length: transformers' frequencies are
-float32 numbers of 24 bits and positions integers of fewer than 29, so their product has no error.
-Costs: no S × S memory. A sample of the queries meets all keys, one key/value head at a time: some ten
-tensors of (queries × heads per key/value head × S) float64 numbers.
+float32 numbers of 24 bits and positions integers of fewer than 29, so their product has no error. A model
+whose attention is not the one computed here is refused (`check_attention`).
+Costs: no S × S memory, but for the mask of a sliding window in the model's own forward. A sample of the
+queries meets all keys, one key/value head at a time: some ten tensors of (queries × heads per key/value
+head × S) float64 numbers.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anchor_context.rope.float32 import rotary_tables, wrap_rotation
+from anchor_context.rope.float32 import rotary_tables, rotating_layers, wrap_rotation
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,14 @@ def float32_rotation(dtype: torch.dtype) -> Arithmetic:
     return Arithmetic(torch.float32, torch.float32, torch.float32, dtype, torch.float32)
 
 
+def eager_arithmetic(dtype: torch.dtype) -> Arithmetic:
+    """What transformers' eager attention does: the scores too are of the model's type."""
+    return replace(model_arithmetic(dtype), score=dtype)
+
+
 def each_step(dtype: torch.dtype) -> Iterator[tuple[str, str, Arithmetic]]:
     """(step, "alone" or "up to here", arithmetic) for every step of transformers' eager attention."""
-    eager = replace(model_arithmetic(dtype), score=dtype)
+    eager = eager_arithmetic(dtype)
     so_far = EXACT
     for step in STEPS:
         rounded = {step: getattr(eager, step)}
@@ -84,6 +92,19 @@ class Arrangement:
 
     def shifted(self, shift: int) -> Tensor:
         return self.positions + shift * ~self.fixed
+
+    def seen(self, queries: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """The first token that each query sees, (queries,) int64, and all that it does, (queries, S) bool.
+
+        `window` (tokens, the query included, as transformers counts) hides what is farther, but no
+        anchor: as `attention.patterns.mask_predicate` has it.
+        """
+        starts, index = self.starts[queries], torch.arange(len(self.starts), device=queries.device)
+        window = len(index) if window is None else window
+        starts = torch.where(self.fixed[starts], starts, starts.maximum(queries - window + 1))
+        query, start = queries[:, None], starts[:, None]
+        near = (index > query - window) | (index == start)
+        return starts, near & (start <= index) & (index <= query)
 
 
 @dataclass(frozen=True)
@@ -111,10 +132,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, arithmetic: Arithmetic) -> Tenso
 
 
 def scores(query: Tensor, key: Tensor, *, scale: float, arithmetic: Arithmetic) -> Tensor:
-    """(heads, queries, keys) float64 from query (heads, queries, D) and key (keys, D)."""
+    """(heads, queries, keys) float64 from query (heads, queries, D) and key (keys, D).
+
+    The product is rounded before it is scaled and again after, as transformers' eager attention does.
+    """
     if arithmetic.score != torch.float64:  # every kernel accumulates in float32
         query, key = query.float(), key.float()
-    return _round(query @ key.T, arithmetic.score) * scale
+    return _round(_round(query @ key.T, arithmetic.score) * scale, arithmetic.score)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    *,
+    positions: Tensor,
+    queries: Tensor,
+    visible: Tensor,
+    rope: Rope,
+    scale: float,
+    arithmetic: Arithmetic,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and weights, each (heads, queries, S), and the rotated keys (S, head_dim), all float64.
+
+    Args:
+        query: (heads, queries, head_dim) float64 of one key/value head's queries, not rotated.
+        key: (S, head_dim) float64, not rotated.
+        positions: (S,) int64. queries: (queries,) int64, their indices in the row.
+        visible: (queries, S) bool.
+    """
+    cos, sin = rope.tables(positions, arithmetic)
+    rotated_key = rotate(key, cos, sin, arithmetic)
+    rotated = rotate(query, cos[queries], sin[queries], arithmetic)
+    logits = scores(rotated, rotated_key, scale=scale, arithmetic=arithmetic)
+    return logits, logits.masked_fill(~visible, -math.inf).softmax(dim=-1), rotated_key
 
 
 def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,17 +214,17 @@ class Change:
 
 @dataclass
 class TokenChange:
-    """The rounding part by distance from the first token seen: what a line of tokens.csv holds."""
+    """The rounding part by distance from the first token seen, of one head: a line of tokens.csv."""
 
     arithmetic: str
     pattern: str
     shift: int
     layer: int
+    head: int
     quantity: str
-    distance_from: int
-    distance_to: int
-    """tokens after the first one, both ends included; the first token itself is 0 … 0"""
-    rounding_mean: float
+    rounding_mean: dict[str, float]
+    """"distance_0" (the first token itself), "distance_1", "distance_2_3", "distance_4_7", … -> the mean
+    over the pairs at as many tokens after the first one, both ends included"""
 
 
 @torch.no_grad()
@@ -186,6 +236,7 @@ def measure_layer(
     queries: Tensor,
     rope: Rope,
     scale: float,
+    window: int | None = None,
     arrangement: Arrangement,
     cases: list[Case],
     shifts: list[int],
@@ -197,53 +248,54 @@ def measure_layer(
         query: (heads, queries, head_dim), not rotated: the sampled queries.
         key: (key/value heads, S, head_dim), not rotated.
         queries: (queries,) int64: their indices in the row.
-        by_token: yield `TokenChange` too, for the largest shift.
+        window: the layer's sliding window in tokens, the query included.
+        by_token: yield a `TokenChange` with every `Change`.
     """
-    starts = arrangement.starts[queries]
-    index = torch.arange(key.shape[1], device=key.device)
-    visible = (index <= queries[:, None]) & (index >= starts[:, None])
+    starts, visible = arrangement.seen(queries, window)
     per_head = query.shape[0] // key.shape[0]
-    profile = _TokenProfile(index, starts, visible) if by_token else None
+    distances = _Distances(starts, visible)
     for dtype in dict.fromkeys(case.dtype for case in cases):
         same = [case for case in cases if case.dtype == dtype]
         for kv_head in range(key.shape[0]):
             heads = slice(kv_head * per_head, (kv_head + 1) * per_head)
             q, k = _round(query[heads], dtype), _round(key[kv_head], dtype)
 
-            def attention(shift: int, arithmetic: Arithmetic, q: Tensor = q, k: Tensor = k):
-                positions = arrangement.shifted(shift)
-                cos, sin = rope.tables(positions, arithmetic)
-                rotated_key = rotate(k, cos, sin, arithmetic)
-                rotated = rotate(q, cos[queries], sin[queries], arithmetic)
-                logits = scores(rotated, rotated_key, scale=scale, arithmetic=arithmetic)
-                weights = logits.masked_fill(~visible, -math.inf).softmax(dim=-1)
+            def attend(shift: int, arithmetic: Arithmetic, q: Tensor = q, k: Tensor = k):
+                logits, weights, rotated_key = attention(
+                    q,
+                    k,
+                    positions=arrangement.shifted(shift),
+                    queries=queries,
+                    visible=visible,
+                    rope=rope,
+                    scale=scale,
+                    arithmetic=arithmetic,
+                )
                 return {"logit": logits, "weight": weights}, rotated_key[starts]
 
-            before, _ = attention(0, EXACT)
-            before_rounded = [attention(0, case.arithmetic)[0] for case in same]
+            before, _ = attend(0, EXACT)
+            before_rounded = [attend(0, case.arithmetic)[0] for case in same]
             for shift in shifts:
-                after, first_key = attention(shift, EXACT)
+                after, first_key = attend(shift, EXACT)
                 for case, rounded_before in zip(same, before_rounded, strict=True):
-                    rounded_after, rounded_first_key = attention(shift, case.arithmetic)
+                    rounded_after, rounded_first_key = attend(shift, case.arithmetic)
                     first_key_error = (rounded_first_key - first_key).abs().max().item()
                     for quantity in after:
                         exact = after[quantity] - before[quantity]
                         rounding = rounded_after[quantity] - rounded_before[quantity] - exact
                         for parts in (exact, rounding):
                             parts.masked_fill_(~visible, 0).abs_()
-                        name = (case.label, arrangement.name, shift, layer)
-                        if profile is not None and shift == max(shifts):
-                            profile.add((*name, quantity), rounding)
+                        profiles = distances.means(rounding) if by_token else []
                         for head in range(per_head):
+                            name = (case.label, arrangement.name, shift, layer)
+                            name = (*name, kv_head * per_head + head, quantity)
                             yield Change(
                                 *name,
-                                kv_head * per_head + head,
-                                quantity,
                                 **_summary(exact[head], rounding[head], visible, starts),
                                 first_key_error=first_key_error,
                             )
-    if profile is not None:
-        yield from profile.changes()
+                            if by_token:
+                                yield TokenChange(*name, profiles[head])
 
 
 def _summary(exact: Tensor, rounding: Tensor, visible: Tensor, starts: Tensor) -> dict[str, float]:
@@ -268,26 +320,26 @@ def _summary(exact: Tensor, rounding: Tensor, visible: Tensor, starts: Tensor) -
     }
 
 
-class _TokenProfile:
-    """Sums the rounding part over bins 0, 1, 2–3, 4–7, … of the distance from the first token seen."""
+class _Distances:
+    """Bins 0, 1, 2–3, 4–7, … of the distance from the first token seen."""
 
-    def __init__(self, index: Tensor, starts: Tensor, visible: Tensor):
+    def __init__(self, starts: Tensor, visible: Tensor):
+        index = torch.arange(visible.shape[1], device=starts.device)
         distance = (index - starts[:, None]).clamp(min=0)
         self.bins = torch.where(distance > 0, distance.log2().floor().long() + 1, 0)
-        self.count = torch.bincount(self.bins[visible])
-        self.sums: dict[tuple, list[Tensor]] = {}
+        self.count = torch.bincount(self.bins[visible], minlength=int(self.bins.max()) + 1)
+        ranges = [f"distance_{2**n}_{2 ** (n + 1) - 1}" for n in range(1, len(self.count))]
+        self.names = ["distance_0", "distance_1", *ranges][: len(self.count)]
 
-    def add(self, key: tuple, rounding: Tensor) -> None:
-        sums = torch.zeros(int(self.bins.max()) + 1, dtype=torch.float64, device=rounding.device)
-        sums.index_add_(0, self.bins.flatten(), rounding.mean(dim=0).flatten())
-        self.sums.setdefault(key, []).append(sums[: len(self.count)])
-
-    def changes(self) -> Iterator[TokenChange]:
-        for key, sums in self.sums.items():
-            means = torch.stack(sums).mean(dim=0) / self.count
-            for number, mean in enumerate(means.tolist()):
-                low, high = (2 ** (number - 1), 2**number - 1) if number else (0, 0)
-                yield TokenChange(*key, low, high, mean)
+    def means(self, rounding: Tensor) -> list[dict[str, float]]:
+        """The mean of each head's (heads, queries, S), zero where not visible, in each bin with a pair."""
+        sums = rounding.new_zeros(len(rounding), len(self.count))
+        sums.index_add_(1, self.bins.flatten(), rounding.flatten(1))
+        found, means = self.count > 0, (sums / self.count).tolist()
+        return [
+            {name: mean for name, mean, any_ in zip(self.names, head, found, strict=True) if any_}
+            for head in means
+        ]
 
 
 def sample_queries(row_length: int, *, number: int) -> Tensor:
@@ -305,7 +357,7 @@ def visit_layers(
 ) -> None:
     """Run the base model on input_ids (1, S) and call `visit(layer, query, key)` on every layer's
     unrotated queries (heads, queries, head_dim) and keys (key/value heads, S, head_dim)."""
-    layers = iter(range(model.config.num_hidden_layers))
+    layers = itertools.count()
 
     def record(rotate: Callable) -> Callable:
         layer = next(layers)
@@ -324,14 +376,129 @@ def visit_layers(
 
 
 def rope_of(model: PreTrainedModel) -> Rope:
-    """The frequencies of a model, float32 as transformers computes them."""
+    """The frequencies of a model, float32 as transformers computes them.
+
+    Raises:
+        ValueError: they depend on the row's length.
+    """
     table = rotary_tables(model)[0]
-    if table.rope_type == "dynamic":
+    if table.rope_type in ("dynamic", "longrope"):
         raise ValueError(
-            "dynamic RoPE has other frequencies at every length, so a shift changes it by intent; "
-            "measure the model with rope_type default, linear, yarn or llama3"
+            f"{table.rope_type} RoPE has other frequencies at other lengths, so a shift changes it by "
+            "intent; measure the model with rope_type default, linear, yarn or llama3"
         )
     return Rope(table.inv_freq, table.attention_scaling)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How one attention layer scores: `measure_layer`'s `scale` and `window`."""
+
+    scale: float
+    window: int | None
+
+
+def scoring_of(model: PreTrainedModel) -> list[Scoring]:
+    """Of every attention layer, in order.
+
+    Raises:
+        ValueError: layers that do not rotate, or do not say how they scale.
+    """
+    config, layers = model.config, rotating_layers(model)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    if len(layers) != len(kinds):
+        raise _unlike(model, f"only {len(layers)} of {len(kinds)} layers rotate")
+    if not all(hasattr(layer, "scaling") for layer in layers):
+        raise _unlike(model, "its layers do not say how they scale")
+    return [
+        Scoring(layer.scaling, window if kind == "sliding_attention" else None)
+        for layer, kind in zip(layers, kinds, strict=True)
+    ]
+
+
+CHECKED_ROW, CHECKED_WINDOW = 48, 16
+"""Tokens of the row on which a model's attention is checked, and of a sliding window there."""
+AGREEMENT = 0.02
+"""Of two weights, which lie in [0, 1]: above bfloat16's rounding, far below another attention."""
+
+
+@torch.no_grad()
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise `ValueError` unless this model's attention is the one that is measured here.
+
+    In one forward of a short row, every layer gets queries and keys drawn at random, so that its
+    weights are far from even whatever the model's weights; transformers' eager attention must give
+    the weights that we compute.
+    """
+    drawn, generator = [], torch.Generator().manual_seed(0)
+
+    def draw(rotate: Callable) -> Callable:
+        def rotate_drawn(query: Tensor, key: Tensor, *args, **kwargs):
+            query, key = (torch.randn(x.shape, generator=generator).to(x) for x in (query, key))
+            drawn.append((query[0], key[0]))
+            return rotate(query, key, *args, **kwargs)
+
+        return rotate_drawn
+
+    config = model.config
+    own_window, own_attention = getattr(config, "sliding_window", None), config._attn_implementation
+    undo = wrap_rotation(model, draw)
+    try:
+        model.set_attn_implementation("eager")
+        if own_window:
+            config.sliding_window = CHECKED_WINDOW  # masks are made from it
+        rope, scoring = rope_of(model), scoring_of(model)
+        ids = torch.arange(CHECKED_ROW, device=model.device)[None] % config.vocab_size
+        theirs = model(ids, use_cache=False, output_attentions=True).attentions or ()
+    finally:
+        undo()
+        model.set_attn_implementation(own_attention)
+        if own_window:
+            config.sliding_window = own_window
+    if not len(drawn) == len(theirs) == len(scoring):
+        raise _unlike(model, f"only {len(drawn)} of {len(scoring)} layers rotate")
+    for number, (layer, weights) in enumerate(zip(drawn, theirs, strict=True)):
+        ours = _eager_weights(*layer, rope=rope, scoring=scoring[number], dtype=model.dtype)
+        if ours.shape != weights[0].shape:
+            raise _unlike(model, f"layer {number} rotates a part of its heads")
+        error = (ours - weights[0]).abs().max().item()
+        if not error < AGREEMENT:
+            raise _unlike(model, f"the weights of layer {number} differ by {error:.2g}")
+
+
+def _eager_weights(
+    query: Tensor, key: Tensor, *, rope: Rope, scoring: Scoring, dtype: torch.dtype
+) -> Tensor:
+    """(heads, S, S) float64 from query (heads, S, D), key (key/value heads, S, D), not rotated; empty
+    where the rotation does not fit them."""
+    positions, per_head = torch.arange(key.shape[1], device=key.device), len(query) // len(key)
+    if query.shape[1:] != key.shape[1:] or query.shape[2] != 2 * len(rope.inv_freq) or not per_head:
+        return query.new_empty(0)
+    everything = Arrangement("full", positions, 0 * positions, positions < 0)
+    _, visible = everything.seen(positions, scoring.window)
+    weights = [
+        attention(
+            query[head].double()[None],
+            key[head // per_head].double(),
+            positions=positions,
+            queries=positions,
+            visible=visible,
+            rope=rope,
+            scale=scoring.scale,
+            arithmetic=eager_arithmetic(dtype),
+        )[1]
+        for head in range(per_head * len(key))
+    ]
+    return torch.cat(weights)
+
+
+def _unlike(model: PreTrainedModel, how: str) -> ValueError:
+    return ValueError(
+        f"{model.config.model_type}: its attention is not what the precision laboratory computes ({how}):"
+        " in every layer all heads rotated whole and by halves, one set of frequencies, scores scaled, "
+        "causal, at most a sliding window; measure LLaMA, Mistral, Qwen2, Qwen3 or another such model"
+    )
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ class Measurements:
     changes: list[Row]
     """`precision.Change` with its row `length`."""
     steps: list[Row]
-    """The same, with `step`, `rounded` ("alone", "up to here") and `dtype`; pattern full."""
+    """The same at the greatest shift, with `step`, `rounded` ("alone", "up to here") and `dtype`."""
     tokens: list[Row]
-    """`precision.TokenChange` at the greatest length and shift."""
+    """`precision.TokenChange` with its row `length`: a column for each distance from the first token."""
     rotation_seconds: dict[str, dict[str, float]]
     """dtype -> `precision.time_rotation`"""
 
@@ -47,8 +47,9 @@ def max_of(rows: Iterable[Row], value: str, **where) -> float:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
+    """The longest row has all columns; where a row lacks one, its cell stays empty."""
     with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(stream, fieldnames=list(max(rows, key=len)))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -58,7 +59,6 @@ def write_report(path: Path, found: Measurements, *, pictures: list[str]) -> Non
     lengths, shifts = found.values("length"), found.values("shift")
     patterns, arithmetics = found.values("pattern"), found.values("arithmetic")
     longest, farthest = max(lengths), max(shifts)
-    base = patterns[0]  # "full" where it was measured
 
     def changed(quantity: str, column: str, reduce: Callable = mean_of, **where) -> str:
         return f"{reduce(found.changes, column, quantity=quantity, **where):.3g}"
@@ -80,7 +80,7 @@ def write_report(path: Path, found: Measurements, *, pictures: list[str]) -> Non
         "exact part. *First token*: the first one that a query sees. Unless a table says otherwise,",
         "numbers are means over layers, heads and the sampled queries.",
         "",
-        f"## By row length (pattern {base}, shift {farthest:,}): the rounding part",
+        f"## By row length (shift {farthest:,}): the rounding part",
         "",
     ]
     columns = [
@@ -92,28 +92,27 @@ def write_report(path: Path, found: Measurements, *, pictures: list[str]) -> Non
         ("times an average token's", "weight", "first_share_over_average", mean_of),
     ]
     lines += _table(
-        ["arithmetic", "length", *(title for title, *_ in columns)],
+        ["arithmetic", "pattern", "length", *(title for title, *_ in columns)],
         [
-            [a, f"{s:,}"]
+            [a, p, f"{s:,}"]
             + [
-                changed(
-                    quantity, column, reduce, arithmetic=a, length=s, shift=farthest, pattern=base
-                )
+                changed(quantity, column, reduce, arithmetic=a, length=s, shift=farthest, pattern=p)
                 for _, quantity, column, reduce in columns
             ]
             for a in arithmetics
+            for p in patterns
             for s in lengths
         ],
     )
-    lines += ["", *_growth(found, base, farthest), ""]
+    lines += ["", *_growth(found, farthest), ""]
 
     lines += [
-        f"## By shift (pattern {base}, {longest:,} tokens): weights, rounding part, sum over a query",
+        f"## By shift ({longest:,} tokens): weights, rounding part, sum over a query",
         "",
         *_table(
-            ["arithmetic", *(f"shift {shift:,}" for shift in shifts)],
+            ["arithmetic", "pattern", *(f"shift {shift:,}" for shift in shifts)],
             [
-                [a]
+                [a, p]
                 + [
                     changed(
                         "weight",
@@ -121,11 +120,12 @@ def write_report(path: Path, found: Measurements, *, pictures: list[str]) -> Non
                         arithmetic=a,
                         length=longest,
                         shift=shift,
-                        pattern=base,
+                        pattern=p,
                     )
                     for shift in shifts
                 ]
                 for a in arithmetics
+                for p in patterns
             ],
         ),
         "",
@@ -193,27 +193,32 @@ def write_report(path: Path, found: Measurements, *, pictures: list[str]) -> Non
             ],
         ),
         "",
-        f"## Where it arises (plain causal attention, {longest:,} tokens, shift {farthest:,})",
+        f"## Where it arises ({longest:,} tokens, shift {farthest:,})",
         "",
         "Mean rounding part of a logit, each step rounded alone, all others in float64, and rounded",
         "together with the steps before it. `angles` are position × frequency with cosine and sine in",
         "float32; `tables` cos and sin in the model's type, as transformers keeps them; `rotation` its two",
-        "products; `kernel` the rotated queries and keys; `score` their product in the model's type, as",
-        "eager attention has it (a flash kernel keeps float32, and the tables above are a flash kernel's).",
+        "products; `kernel` the rotated queries and keys; `score` their product and its scaling, each in the",
+        "model's type, as in eager attention (a flash kernel keeps float32; the tables above are its).",
         "",
     ]
     dtypes = list(dict.fromkeys(row["dtype"] for row in found.steps))
     steps = list(dict.fromkeys(row["step"] for row in found.steps))
     steps_here = [r for r in found.steps if r["length"] == longest and r["quantity"] == "logit"]
     lines += _table(
-        ["step", *(f"{dtype}, {how}" for dtype in dtypes for how in ("alone", "up to here"))],
         [
-            [step]
+            "pattern",
+            "step",
+            *(f"{dtype}, {how}" for dtype in dtypes for how in ("alone", "up to here")),
+        ],
+        [
+            [p, step]
             + [
-                f"{mean_of(steps_here, 'rounding_mean', step=step, rounded=how, dtype=dtype):.3g}"
-                for dtype in dtypes
+                f"{mean_of(steps_here, 'rounding_mean', pattern=p, step=step, rounded=how, dtype=d):.3g}"
+                for d in dtypes
                 for how in ("alone", "up to here")
             ]
+            for p in patterns
             for step in steps
         ],
     )
@@ -239,35 +244,36 @@ def write_report(path: Path, found: Measurements, *, pictures: list[str]) -> Non
     path.write_text("\n".join(lines) + "\n")
 
 
-def _growth(found: Measurements, pattern: str, shift: int) -> list[str]:
-    """What grows with the row's length, in words, from the numbers."""
+def _growth(found: Measurements, shift: int) -> list[str]:
+    """By how much the rounding part grows with the row's length, as a table."""
     lengths = found.values("length")
     if len(lengths) < 2:
         return ["One length was measured; growth with length needs two."]
-    lines = [
-        f"From {min(lengths):,} to {max(lengths):,} tokens, the rounding part grows by a factor of:",
+    columns = (
+        ("logit, mean of a pair", "logit", "rounding_mean"),
+        ("logits, sum over a query's tokens", "logit", "rounding_sum_per_query"),
+        ("weights, sum over a query's tokens", "weight", "rounding_sum_per_query"),
+    )
+
+    def growth(quantity: str, column: str, **where) -> str:
+        short, long = (
+            mean_of(found.changes, column, quantity=quantity, length=length, shift=shift, **where)
+            for length in (min(lengths), max(lengths))
+        )
+        return f"× {long / short:.3g}" if short else "0 at first"
+
+    return [
+        f"From {min(lengths):,} to {max(lengths):,} tokens it grows by these factors:",
         "",
+        *_table(
+            ["arithmetic", "pattern", *(title for title, *_ in columns)],
+            [
+                [a, p, *(growth(*what, arithmetic=a, pattern=p) for _, *what in columns)]
+                for a in found.values("arithmetic")
+                for p in found.values("pattern")
+            ],
+        ),
     ]
-    for arithmetic in found.values("arithmetic"):
-        parts = []
-        for title, quantity, column in (
-            ("mean of a logit", "logit", "rounding_mean"),
-            ("sum of the logits of a query", "logit", "rounding_sum_per_query"),
-            ("sum of the weights of a query", "weight", "rounding_sum_per_query"),
-        ):
-            where = {
-                "arithmetic": arithmetic,
-                "quantity": quantity,
-                "shift": shift,
-                "pattern": pattern,
-            }
-            short, long = (
-                mean_of(found.changes, column, length=length, **where)
-                for length in (min(lengths), max(lengths))
-            )
-            parts.append(f"{title} {long / short:.3g}" if short else f"{title} (0 at first)")
-        lines.append(f"- {arithmetic}: {', '.join(parts)}")
-    return lines
 
 
 def _table(head: list[str], body: list[list[str]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -14,13 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from anchor_context import evaluate
 from anchor_context.attention.patterns import make_layout
 from anchor_context.attention.reference import attend
 from anchor_context.data.packing import find_anchor_id
 from anchor_context.demo import standard_library_texts, tiny_llama, train_tokenizer
+from anchor_context.evaluation import perplexity
 from anchor_context.evaluation.perplexity import perplexity_rows, position_ranges, token_losses
 from anchor_context.evaluation.plots import heat_map, perplexity_curve
 from anchor_context.evaluation.prompts import (
@@ -28,11 +30,12 @@ from anchor_context.evaluation.prompts import (
     Haystack,
     make_prompts,
     passkey_sentences,
-    sentences_of,
+    pieces_of,
     varied_sentences,
 )
 from anchor_context.evaluation.retrieval import Answer, accuracies, answer_prompts, first_number
 from anchor_context.models import set_attention
+from tests.model_coverage import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,6 +63,7 @@ class CopyingModel:
 
     device = torch.device("cpu")
     config = SimpleNamespace()
+    generation_config = GenerationConfig()
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -180,9 +184,36 @@ def test_batches_do_not_change_the_answers(tiny, tokenizer):
     assert one == three and len(one) == 6
 
 
+def test_generation_is_plain_greedy_whatever_the_models_generation_config_says(tiny, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    prompts = torch.tensor([prompts_of(tokenizer, "passkey", 128, [50])[0].token_ids])
+    expected = prompts
+    with torch.no_grad():
+        for _ in range(8):
+            expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), dim=1)
+    expected = expected[:, prompts.shape[1] :]
+    repeated = expected[0, 0].item()
+    own = GenerationConfig(
+        do_sample=True,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=[repeated],
+        min_new_tokens=3,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model.generation_config = own
+    generate = evaluate.greedy(model, pad_id=tokenizer.bos_token_id)
+    assert generate(prompts, new_tokens=8).tolist() == expected.tolist()
+    assert model.generation_config is own
+    own.eos_token_id = [repeated]  # what ends an answer is the model's own
+    assert generate(prompts, new_tokens=8).tolist() == [[repeated]]
+
+
 def test_the_heat_map_shows_the_accuracies_on_a_scale_from_0_to_1():
     answers = [
-        Answer(length, depth, trial, "1", "", correct=(length, depth, trial) != (8192, 50.0, 0))
+        Answer(
+            length, depth, depth, trial, "1", "", correct=(length, depth, trial) != (8192, 50.0, 0)
+        )
         for length in (4096, 8192)
         for depth in (0.0, 50.0, 100.0)
         for trial in range(4)
@@ -203,6 +234,34 @@ def test_losses_are_those_of_the_plain_model(tiny):
     losses = token_losses(model, ids)
     assert losses.shape == (1499,)
     torch.testing.assert_close(losses.mean(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "family, behind_the_head",
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("gemma2", {"final_logit_softcapping": 0.5}),
+        ("opt", {}),  # its forward passes by its base model's
+        ("gpt2", {}),
+        ("mixtral", {}),
+    ],
+)
+def test_logits_in_pieces_are_the_models_own(family, behind_the_head, monkeypatch):
+    monkeypatch.setattr(perplexity, "CHUNK", 16)
+    model = tiny_model(family, window=4096)
+    for name, value in behind_the_head.items():
+        assert hasattr(model.config, name)
+        setattr(model.config, name, value)
+        if name in vars(model):  # the model's own copy
+            setattr(model, name, value)
+    ids = torch.randint(3, 64, (41,), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, :-1]
+        bare = model.get_output_embeddings()(model.base_model(ids[None]).last_hidden_state)[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+    torch.testing.assert_close(token_losses(model, ids).double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(logits, bare) != bool(behind_the_head), "the case shows nothing"
 
 
 def test_plain_causal_attention_is_anchor_attention_on_one_document(tiny):
@@ -260,16 +319,89 @@ def test_perplexity_of_a_checkpoint(tiny, tmp_path, capsys):
         run("ppl", *flags, "--lengths", "1000000")
 
 
+def test_perplexity_of_another_column_with_damaged_records(tiny, tmp_path, capsys):
+    texts = [json.loads(line)["text"] for line in (tiny / "documents.jsonl").open()]
+    lines = ["{damaged", *(json.dumps({"body": {"raw": text}}) for text in texts)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["ppl", "--model", tiny / "model", "--dataset", tmp_path / "d.jsonl", "--out", tmp_path]
+    flags += ["--lengths", "128", "--documents", "2", "--text_column", "body.raw"]
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 1: .*pass --skip_bad_documents"):
+        run(*flags)
+    run(*flags, "--skip_bad_documents")
+    assert "note: bad documents skipped: 1; the first: " in capsys.readouterr().out
+    found = json.loads((tmp_path / "ppl.json").read_text())["results"]
+    run(*flags, "--dataset", tiny / "documents.jsonl", "--text-column", "text")
+    assert json.loads((tmp_path / "ppl.json").read_text())["results"] == found
+
+
 def test_a_haystack_of_ones_own(tiny, tokenizer, tmp_path):
-    sentences = sentences_of("One sentence here. And another! Is it?")
-    assert [next(sentences) for _ in range(4)] == [
+    pieces = pieces_of("One sentence here. And another! Is it?")
+    assert [next(pieces) for _ in range(4)] == [
         " One sentence here.",
         " And another!",
         " Is it?",
         " One sentence here.",
     ]
     with pytest.raises(ValueError, match="--haystack is empty"):
-        sentences_of(" ")
+        pieces_of(" ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "天地玄黄，宇宙洪荒，日月盈昃，辰宿列张；" * 40,  # not one sentence's end
+        "山高水长。" * 150,
+        "".join(f"def f{i}(x):\n    return x[{i}] + {{'k': x}}\n" for i in range(80)),
+        "x" * 3000,
+        "A short one. " + "and then " * 400,
+    ],
+    ids=["Chinese clauses", "Chinese sentences", "code", "one word", "one long sentence"],
+)
+def test_a_fact_stands_at_its_depth_in_any_text(tokenizer, text):
+    pieces = list(itertools.islice(pieces_of(text), 30))
+    assert (" " + text.strip()).startswith("".join(pieces)) and max(map(len, pieces)) <= 64
+    haystack = Haystack(pieces_of(text), tokenizer, length=1000)
+    prompts = make_prompts(
+        TASKS["passkey"],
+        haystack,
+        tokenizer,
+        anchor_id=find_anchor_id(tokenizer),
+        length=1000,
+        depths=[0, 25, 50, 75, 100],
+        trials=1,
+        seed=0,
+    )
+    for prompt in prompts:
+        before = tokenizer.decode(prompt.token_ids).split(" The pass key is")[0]
+        fact, question = (
+            len(tokenizer(t.format(number=prompt.answer), add_special_tokens=False)["input_ids"])
+            for t in (TASKS["passkey"].fact, TASKS["passkey"].question)
+        )
+        room = len(prompt.token_ids) - 1 - fact - question
+        real = len(tokenizer(before, add_special_tokens=False)["input_ids"]) - 1  # less the BOS
+        assert "\ufffd" not in before, "a character was cut in two"
+        assert prompt.real_depth == pytest.approx(100 * real / room, abs=2)
+        assert prompt.real_depth == pytest.approx(prompt.depth, abs=6)
+
+
+def test_the_nearest_sentences_end_is_taken_unless_it_is_far_off(tokenizer):
+    text = "one two three four. " * 12 + "five six seven eight " * 60
+    haystack = Haystack(pieces_of(text), tokenizer, length=600)
+    early, late = haystack.split(600, 10), haystack.split(600, 80)
+    assert early in haystack.sentence_ends and abs(early - 60) <= 0.05 * 600
+    assert late not in haystack.sentence_ends and abs(late - 480) <= 0.05 * 600
+
+
+def test_the_real_depth_is_recorded(tiny, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", lambda path, device: CopyingModel(tokenizer))
+    (tmp_path / "text.txt").write_text("天地玄黄宇宙洪荒" * 200)
+    flags = ("--lengths", "512", "--depths", "0,50", "--trials", "1", "--out", tmp_path)
+    run("needle", "--model", tiny / "model", *flags, "--haystack", tmp_path / "text.txt")
+    results = json.loads((tmp_path / "needle.json").read_text())["results"]
+    with (tmp_path / "needle.csv").open() as stream:
+        lines = list(csv.DictReader(stream))
+    assert [float(line["real_depth"]) for line in lines] == [r["real_depth"] for r in results]
+    assert results[0]["real_depth"] == 0 and 30 < results[1]["real_depth"] != 50
 
 
 def test_two_processes_share_the_work_and_agree_with_one(tiny, tmp_path):

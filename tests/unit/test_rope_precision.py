@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import (
+    AutoModel,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
+import anchor_context.rope.__main__ as laboratory
+from anchor_context.attention.patterns import make_layout, mask_predicate
 from anchor_context.demo import standard_library_texts, tiny_llama, train_tokenizer
-from anchor_context.rope.__main__ import arrange, load_tokens, main
+from anchor_context.rope import plots
+from anchor_context.rope.__main__ import arrange, document_starts, load_tokens, main
 from anchor_context.rope.precision import (
     EXACT,
     Case,
     Change,
     TokenChange,
+    _Distances,
+    attention,
+    check_attention,
     each_step,
+    eager_arithmetic,
     float32_rotation,
     measure_layer,
     model_arithmetic,
     rope_of,
     rotate,
     sample_queries,
+    scores,
+    scoring_of,
     visit_layers,
 )
+from tests.model_coverage import tiny_model
 
 HEAD_DIM = 32
 CASES = [
@@ -36,7 +55,7 @@ CASES = [
 PATTERNS = ("full", "intra_doc", "intra_doc_reset", "anchor")
 
 
-def make_model(config_class=LlamaConfig):
+def make_model(config_class=LlamaConfig, **settings):
     torch.manual_seed(0)
     config = config_class(
         vocab_size=128,
@@ -50,6 +69,7 @@ def make_model(config_class=LlamaConfig):
         bos_token_id=1,
         eos_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        **settings,
     )
     return AutoModel.from_config(config).eval()
 
@@ -126,6 +146,99 @@ def test_visited_queries_and_keys_give_the_models_own_attention(config_class):
         torch.testing.assert_close(weights.float(), expected[0][:, queries], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "config_class, settings",
+    [
+        (LlamaConfig, {}),
+        (MistralConfig, {"sliding_window": 8}),
+        (MistralConfig, {"sliding_window": None}),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        (Qwen3Config, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        (GraniteConfig, {"attention_multiplier": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_measured_with_the_layers_own_scale_and_window(config_class, settings, dtype):
+    model = make_model(config_class, **settings).to(dtype)
+    check_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert getattr(model.config, "sliding_window", None) == settings.get("sliding_window")
+    ids, index = torch.arange(40)[None], torch.arange(40)
+    model.set_attn_implementation("eager")
+    seen = []
+    visit_layers(model, ids, lambda layer, q, k: seen.append((q, k)), queries=index)
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+    full = arrange("full", 40, 1, torch.device("cpu"))
+    for (q, k), scoring, expected in zip(seen, scoring_of(model), attentions, strict=True):
+        _, visible = full.seen(index, scoring.window)
+        for head in range(4):
+            _, weights, _ = attention(
+                q[head][None].double(),
+                k[head // 2].double(),
+                positions=full.positions,
+                queries=index,
+                visible=visible,
+                rope=rope_of(model),
+                scale=scoring.scale,
+                arithmetic=eager_arithmetic(dtype),
+            )
+            error = (weights[0] - expected[0, head]).abs().max()
+            assert error < (1e-5 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_query_sees_what_the_pattern_and_the_window_let_it(pattern, window):
+    length, documents, index = 32, 3, torch.arange(32)
+    layout = make_layout(
+        document_starts(length, documents),
+        batch_size=1,
+        row_length=length,
+        pattern=pattern,
+        anchor_placement="per_document" if pattern == "anchor" else "none",
+    )
+    zero = torch.tensor(0)
+    expected = mask_predicate(layout, sliding_window=window)(
+        zero, zero, index[:, None], index[None, :]
+    )
+    starts, visible = arrange(pattern, length, documents, torch.device("cpu")).seen(index, window)
+    assert torch.equal(visible, expected)
+    assert torch.equal(starts, expected.int().argmax(dim=1)), "not the first token seen"
+
+
+@pytest.mark.parametrize(
+    "family, said",
+    [
+        ("phi", "weights of layer 0 differ by"),  # rotates a part of each head
+        ("cohere", "weights of layer 0 differ by"),  # rotates neighbours, not halves
+        ("gpt_oss", "attention sinks"),
+        ("glm", "rotates a part of its heads"),
+        ("gpt_neox", "rotates a part of its heads"),
+        ("cohere2", "only 1 of 2 layers rotate"),
+        ("lfm2", "layers of the kind conv"),
+        ("falcon", "do not say how they scale"),
+        ("gemma2", "attn_logit_softcapping"),
+        ("gemma3_text", "cannot reach the rotation"),
+        ("gpt2", "cannot reach the rotation"),
+    ],
+)
+def test_a_model_with_another_attention_is_refused(family, said):
+    model = tiny_model(family, window=4096).float().base_model
+    with pytest.raises(ValueError, match=said):
+        laboratory.measure(
+            model,
+            torch.arange(64) % 64,
+            lengths=[64],
+            shifts=[16],
+            dtypes=["bfloat16"],
+            patterns=["full"],
+            documents=1,
+            queries=4,
+            setting={},
+        )
+
+
 @pytest.mark.parametrize("length", [64, 512, 4096])
 def test_a_common_shift_changes_nothing_in_float64_and_something_in_bfloat16(length):
     changes = measure(length, "full", [16, 65_536])
@@ -147,17 +260,23 @@ def test_float64_stays_exact_at_long_positions():
     assert (scores[1] - scores[0]).abs().max() < 1e-10
 
 
-def test_the_change_in_bfloat16_grows_with_the_rows_length():
-    # What a query suffers in all grows with every length, and so does its attention; a single
-    # pair's logit is rounded by much the same amount wherever it stands.
-    logits, weights = [], []
-    for length in (64, 256, 1024, 4096):
-        changes = measure(length, "full", [65_536])
-        where = {"arithmetic": "bfloat16", "shift": 65_536}
-        logits.append(mean(changes, "rounding_sum_per_query", quantity="logit", **where))
+def test_the_change_in_bfloat16_grows_with_the_rows_length_and_in_float64_does_not():
+    # Near position 0 most frequencies have hardly turned, and are hardly rounded; so with the row grow
+    # the change of a pair's logit (by little: ×1.08 here) and that of a query's weights (×1.22), which
+    # an error alike in all pairs would leave as they are. A query's logits in all grow with its tokens.
+    lengths, pair, weights, total = (64, 256, 1024, 4096), [], [], []
+    for length in lengths:
+        changes = measure(length, "full", [16])
+        assert all(c.exact_max < 1e-10 for c in changes if isinstance(c, Change))
+        where = {"arithmetic": "bfloat16", "shift": 16}
+        pair.append(mean(changes, "rounding_mean", quantity="logit", **where))
         weights.append(mean(changes, "rounding_sum_per_query", quantity="weight", **where))
-    assert all(3 < long / short < 6 for short, long in pairwise(logits)), logits
-    assert weights[-1] > weights[0]
+        total.append(mean(changes, "rounding_sum_per_query", quantity="logit", **where))
+    for grown in (pair, weights):
+        assert all(short < long for short, long in pairwise(grown)), grown
+    assert 1.05 < pair[-1] / pair[0] < 1.15
+    assert 1.15 < weights[-1] / weights[0] < 1.4
+    assert total[-1] / total[0] > lengths[-1] / lengths[0]
 
 
 def test_rotating_in_float32_removes_a_part_of_it():
@@ -229,23 +348,33 @@ def test_the_first_tokens_share_and_the_profile_by_token():
     found = measure(256, "full", [16, 1024])
     share = mean(found, "first_share", arithmetic="bfloat16", quantity="weight")
     assert 0 < share < 1
-    profile = [
-        row
-        for row in found
-        if isinstance(row, TokenChange)
-        and (row.layer, row.arithmetic, row.quantity) == (0, "bfloat16", "logit")
-    ]
-    assert [(row.distance_from, row.distance_to) for row in profile[:4]] == [
-        (0, 0),
-        (1, 1),
-        (2, 3),
-        (4, 7),
-    ]
-    assert {row.shift for row in profile} == {1024}
-    first = mean(
-        found, "first_rounding_mean", arithmetic="bfloat16", quantity="logit", layer=0, shift=1024
-    )
-    assert profile[0].rounding_mean == pytest.approx(first)
+    profiles = [row for row in found if isinstance(row, TokenChange)]
+    changes = [row for row in found if isinstance(row, Change)]
+    assert len(profiles) == len(changes)
+    for profile, change in zip(profiles, changes, strict=True):
+        for name in ("arithmetic", "pattern", "shift", "layer", "head", "quantity"):
+            assert getattr(profile, name) == getattr(change, name)
+        means = profile.rounding_mean
+        assert list(means)[:4] == ["distance_0", "distance_1", "distance_2_3", "distance_4_7"]
+        assert means["distance_0"] == pytest.approx(change.first_rounding_mean)
+        assert min(means.values()) <= change.rounding_mean <= max(means.values())
+    assert {profile.shift for profile in profiles} == {16, 1024}
+    assert {(profile.layer, profile.head) for profile in profiles} == {
+        (layer, head) for layer in range(2) for head in range(4)
+    }
+
+
+def test_a_profile_averages_the_pairs_at_each_distance():
+    starts, index = torch.tensor([0, 4]), torch.arange(8)
+    visible = (index >= starts[:, None]) & (index <= torch.tensor([[5], [6]]))
+    rounding = torch.stack((index, 10.0 * index)).where(visible, 0)[None].double()
+    (means,) = _Distances(starts, visible).means(rounding)
+    assert means == {  # tokens 0 … 5 of the first query, 4 … 6 of the second
+        "distance_0": (0 + 40) / 2,
+        "distance_1": (1 + 50) / 2,
+        "distance_2_3": (2 + 3 + 60) / 3,
+        "distance_4_7": (4 + 5) / 2,
+    }
 
 
 def test_each_step_is_rounded_alone_and_together():
@@ -261,6 +390,36 @@ def test_each_step_is_rounded_alone_and_together():
     assert alone["tables"].tables == torch.bfloat16 and alone["tables"].kernel == torch.float64
     whole = steps[-1][2]
     assert (whole.angles, whole.score) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_score_step_is_transformers_eager_attention_to_the_bit(head_dim, monkeypatch):
+    # Small whole numbers: their products and sums are exact in float32, in any order.
+    generator = torch.Generator().manual_seed(0)
+    query, key = (
+        torch.randint(-60, 61, (4, 96, head_dim), generator=generator).bfloat16() for _ in range(2)
+    )
+    scale, seen = head_dim**-0.5, []
+    softmax = torch.nn.functional.softmax
+
+    def record(scores, **kwargs):
+        seen.append(scores)
+        return softmax(scores, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", record)
+    layer = SimpleNamespace(num_key_value_groups=1, training=False)
+    eager_attention_forward(layer, query[None], key[None], key[None], None, scale)
+    arithmetic = replace(EXACT, score=torch.bfloat16)
+    found = [
+        scores(
+            query[head : head + 1].double(), key[head].double(), scale=scale, arithmetic=arithmetic
+        )
+        for head in range(4)
+    ]
+    assert seen[0].dtype == torch.bfloat16
+    assert torch.equal(torch.cat(found), seen[0][0].double())
+    exact = query.double() @ key.double().mT * scale
+    assert not torch.equal(exact, seen[0][0].double()), "nothing was rounded"
 
 
 def test_the_command_writes_report_tables_and_pictures(tmp_path):
@@ -284,6 +443,47 @@ def test_the_command_writes_report_tables_and_pictures(tmp_path):
     assert len(rows) == 2 * 2 * 4 * 5 * 2 * 4 * 2
     still = [row for row in rows if row["shift"] == "0"]
     assert all(float(row["rounding_max"]) == 0 for row in still)
+    with (out / "tokens.csv").open() as stream:
+        by_token = list(csv.DictReader(stream))
+    place = ("length", "arithmetic", "pattern", "shift", "layer", "head", "quantity")
+    assert [[row[n] for n in place] for row in by_token] == [
+        [row[n] for n in place] for row in rows
+    ]
+    of_anchor = [row for row in by_token if row["length"] == "128" and row["pattern"] == "anchor"]
+    assert all(row["distance_32_63"] and not row["distance_64_127"] for row in of_anchor)
+    with (out / "steps.csv").open() as stream:
+        steps = list(csv.DictReader(stream))
+    # lengths × types × steps alone and so far × patterns × layers × heads × quantities
+    assert len(steps) == 2 * 3 * 5 * 2 * 4 * 2 * 4 * 2
+    assert {row["pattern"] for row in steps} == set(PATTERNS)
+
+
+def test_every_pattern_has_its_axes_in_the_pictures(tmp_path):
+    make_model().config.save_pretrained(tmp_path / "model")
+    flags = f"precision --model {tmp_path}/model --random-weights --out {tmp_path}/out --queries 4"
+    drawn = {}
+
+    def keep(found, folder):
+        drawn.update(
+            (draw.__name__, draw(found))
+            for draw in (
+                plots.by_length,
+                plots.by_shift,
+                plots.by_token,
+                plots.by_step,
+                plots.by_head,
+            )
+        )
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laboratory, "draw_all", keep)
+        main([*flags.split(), "--lengths", "64,128", "--shifts", "0,16", "--dtypes", "bfloat16"])
+    for name, figure in drawn.items():
+        titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+        assert titles == [f"pattern {pattern}" for pattern in PATTERNS], name
+        assert all(axes.get_xlabel() for axes in figure.axes if axes.get_label() != "<colorbar>")
+        assert all(axes.has_data() for axes in figure.axes), name
 
 
 def test_a_models_own_weights_on_a_text(tmp_path):
@@ -303,10 +503,11 @@ def test_a_models_own_weights_on_a_text(tmp_path):
     assert all(float(row["rounding_max"]) > 0 for row in rows)
 
 
-def test_dynamic_frequencies_are_refused():
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_are_refused(rope_type):
     model = make_model()
-    model.rotary_emb.rope_type = "dynamic"
-    with pytest.raises(ValueError, match="dynamic RoPE has other frequencies at every length"):
+    model.rotary_emb.rope_type = rope_type
+    with pytest.raises(ValueError, match=f"{rope_type} RoPE has other frequencies at other length"):
         rope_of(model)
 
 
