@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from anchor_context.layout import DocumentLayout
 
@@ -80,9 +80,10 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
         out = attend(query, key, value, layout, scale=scale, sliding_window=sliding_window)
         return out.transpose(1, 2)[..., :value_size], None
 
+    # No entry in `AttentionMaskInterface`: for a name without one transformers makes no mask. With one it
+    # would look for packed rows in `position_ids`, and wait for the device at every forward to do so.
     name = next(_names)
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     model.set_attn_implementation(name)
 
 
