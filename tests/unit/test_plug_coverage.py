@@ -11,7 +11,9 @@ from tests import model_coverage as coverage
 @pytest.mark.parametrize("family", sorted(set(coverage.FAMILIES) - set(coverage.REFUSED)))
 def test_a_supported_family_equals_the_dense_reference_and_leaks_nothing(family, monkeypatch):
     def look(position_ids):
-        raise AssertionError("transformers looks for packed rows, for which it waits for the device")
+        raise AssertionError(
+            "transformers looks for packed rows, for which it waits for the device"
+        )
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
     result = coverage.cover(family)
