@@ -507,7 +507,9 @@ def main(flags: Flags) -> None:
             )
 
             if step % flags.logging_steps == 0 or step == max_steps or stopped or checkpoint_due:
-                # The only wait for the device in the loop.
+                # The loop's own only wait for the device. ZeRO-3 waits too: behind its queued gathers and
+                # reductions, at the end of every backward, and for the norm in every update; Liger's loss
+                # does twice per micro-batch (`loss.py`), RoPE of the type dynamic in every forward.
                 losses = accelerator.reduce(
                     torch.stack([s["loss"] for s in unlogged]), "sum"
                 ).tolist()

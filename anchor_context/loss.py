@@ -6,6 +6,8 @@ Works with tied embeddings and under ZeRO-3, and where this rank has no target a
 Costs: at most `TILE_ENTRIES` logits at a time instead of tokens × vocabulary, and no second forward: each
 tile's gradient is made in place of its logits while they are there. Liger's kernel does so on CUDA, plain
 PyTorch elsewhere. Between forward and backward the head's float32 gradient and the hidden states' are kept.
+The tiled loss never waits for the device. Liger's does so twice per micro-batch, whatever its arguments: it
+counts the targets in forward, and in backward asks whether the incoming gradient is one.
 
 Why not DeepSpeed's `TiledFusedLogitsLoss`: it runs the head's backward inside forward with an incoming
 gradient of one, so any later scaling misses the head's weights, and with tied embeddings the second

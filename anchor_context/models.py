@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from anchor_context.attention.calls import attend_call
 from anchor_context.layout import DocumentLayout
@@ -58,9 +58,10 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
         out = attend_call(attend, module, query, key, value, layout, settings, remedy=remedy)
         return out, None
 
+    # No entry in `AttentionMaskInterface`: for a name without one transformers makes no mask. With one it
+    # would look for packed rows in `position_ids`, and wait for the device at every forward to do so.
     name = next(_names)
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     model.set_attn_implementation(name)
 
 

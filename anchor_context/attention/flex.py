@@ -32,7 +32,7 @@ def make_attend() -> Callable[..., Tensor]:
     q: (B, H, S, D); k, v: (B, Hkv, S, D), kept grouped; returns (B, H, S, D). Holds one compiled
     FlexAttention and the masks of the layouts that are alive.
     """
-    compiled = torch.compile(flex_attention)
+    compiled = compile_flex()
     masks: weakref.WeakKeyDictionary[DocumentLayout, dict] = weakref.WeakKeyDictionary()
 
     def attend(
@@ -55,6 +55,15 @@ def make_attend() -> Callable[..., Tensor]:
         return compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
 
     return attend
+
+
+def compile_flex(backend: str | Callable = "inductor") -> Callable[..., Tensor]:
+    """FlexAttention fused with its mask; documents reach it as tensors, so new ones compile nothing.
+
+    PyTorch gives up after `torch._dynamo.config.recompile_limit` kinds of masks and shapes. `fullgraph`
+    makes that an error; without it, it would go on unfused and write out every score.
+    """
+    return torch.compile(flex_attention, fullgraph=True, backend=backend)
 
 
 def dense_mask(layout: DocumentLayout, *, sliding_window: int | None = None) -> Tensor:

@@ -72,6 +72,12 @@ def check(attend, *, layout, dtype: torch.dtype, bound: float, window: int | Non
         assert error < bound, (name, error)
 
 
+@pytest.fixture(autouse=True)
+def compile_anew():
+    """PyTorch compiles one function for 8 kinds of masks and shapes, and no more."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(params=["flash_attn", "torch_varlen"])
 def kernel(request):
     chosen = KERNELS[request.param]

@@ -126,7 +126,7 @@ def test_a_short_bf16_run_learns():
     model, batch = model_and_batch(plan, dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(20):
+    for _ in range(40):
         loss_sum, count = model(**batch)
         loss = loss_sum / count
         loss.backward()
@@ -135,6 +135,29 @@ def test_a_short_bf16_run_learns():
         losses.append(loss.item())
     assert losses[0] == pytest.approx(np.log(VOCABULARY), rel=0.1)
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_forward_and_backward_never_wait_for_the_device(checkpointing):
+    """With the flash engine and the tiled loss; Liger's waits, as `loss.py` says."""
+    plan = replace(NOTHING, gradient_checkpointing=checkpointing)
+    model, batch = model_and_batch(plan, dtype=torch.bfloat16)
+    on_host = {key: value.to("cpu").pin_memory() for key, value in batch.items()}
+
+    def step() -> None:
+        here = {key: value.to(CUDA, non_blocking=True) for key, value in on_host.items()}
+        loss_sum, count = model(**here)
+        (loss_sum * (0.3 / count)).backward()
+
+    step()  # libraries start up at their first use
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            batch["labels"].sum().item()  # the mode sees a wait
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_bf16_follows_float32():

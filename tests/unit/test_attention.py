@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from anchor_context.attention import flash, flex, reference
-from anchor_context.attention.kernels import KERNELS, choose_kernel
+from anchor_context.attention.kernels import KERNELS, Spans, choose_kernel
 from anchor_context.attention.patterns import attended_pairs, make_layout, mask_predicate
 from anchor_context.layout import DocumentLayout
 
@@ -97,6 +100,69 @@ def test_flex_attention_itself_agrees(pattern, placement, window):
     assert ((out - expected).norm() / expected.norm()).item() < 1e-5
 
 
+@pytest.fixture
+def compiled():
+    """A stand-in for the compiler behind `compile_flex`; what it was given, in order."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    yield graphs, partial(flex.compile_flex, backend)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("pattern", "placement"), PLACED_PATTERNS)
+def test_every_step_has_new_documents_and_compiles_nothing(pattern, placement, window, compiled):
+    graphs, compile_flex = compiled
+    (q, k, v), _ = qkv(2)
+    for step in range(torch._dynamo.config.recompile_limit + 1):
+        layout = random_layout(
+            documents=1 + 7 * step, batch_size=2, pattern=pattern, placement=placement, seed=step
+        )
+        mask = flex.block_mask(layout, sliding_window=window)
+        attend = compile_flex()  # every engine makes its own
+        out = attend(q.float(), k.float(), v.float(), block_mask=mask, scale=0.25, enable_gqa=True)
+        dense = flex.dense_mask(layout, sliding_window=window)
+        expected = scaled_dot_product_attention(q, k, v, dense, scale=0.25, enable_gqa=True)
+        assert ((out - expected).norm() / expected.norm()).item() < 1e-5
+    assert len(graphs) == 1
+
+
+def test_rows_of_other_lengths_compile_once_more(compiled):
+    graphs, compile_flex = compiled
+    attend = compile_flex()
+    for row_length in (300, 1024, 511, 640, 129, 700, 256, 1000, 384, 413):
+        layout = make_layout(
+            np.array([0, 1, 70]),
+            batch_size=1,
+            row_length=row_length,
+            pattern="anchor",
+            anchor_placement="shared",
+        )
+        q, k, v = (torch.randn(1, 2, row_length, 16) for _ in range(3))
+        attend(q, k, v, block_mask=flex.block_mask(layout), scale=0.25)
+    assert len(graphs) == 2  # the first length alone, then any
+
+
+def test_masks_too_many_to_compile_are_an_error_not_unfused(compiled):
+    _, compile_flex = compiled
+    (q, k, v), _ = qkv(1)
+    attend = compile_flex()
+    for limit, failure in ((3, nullcontext()), (2, pytest.raises(FailOnRecompileLimitHit))):
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(recompile_limit=limit), failure:
+            for pattern, placement in (("full", "none"), ("intra_doc", "none"), PLACED_PATTERNS[1]):
+                layout = random_layout(
+                    documents=3, batch_size=1, pattern=pattern, placement=placement
+                )
+                mask = flex.block_mask(layout)
+                attend(q, k, v, block_mask=mask, scale=0.25, enable_gqa=True)
+
+
 def test_block_mask_skips_blocks_of_other_documents():
     lengths = [300, 500, 224]
     layout = make_layout(
@@ -165,6 +231,22 @@ def test_predicate_and_work_follow_the_definition(pattern, placement):
         assert layout.position_ids[0, i] == position
     lengths = np.diff([*starts, length])
     assert attended_pairs(lengths, pattern=pattern, anchor_placement=placement) == pairs
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_calls_of_pytorch_s_cuda_kernel_fit_its_operators(causal, window):
+    """On the device "meta", which computes nothing, but checks arguments and gives shapes."""
+    kernel = KERNELS["torch_varlen"]
+    q, k = (torch.empty(64, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    edges = torch.empty(4, dtype=torch.int32, device="meta")
+    spans = Spans(edges, edges, 32, 32)
+    settings = {"causal": causal, "scale": 0.25, "window": window}
+    out, lse = kernel.forward(q, k, k, spans, **settings)
+    gradients = kernel.backward(out, q, k, k, out, lse, spans, **settings)
+    assert out.shape == q.shape and out.dtype == q.dtype
+    assert lse.shape == (4, 64) and lse.dtype == torch.float32
+    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
 
 
 def test_rows_of_a_batch_have_their_own_documents():

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from anchor_context import loss as loss_module
+from anchor_context.attention import flex
 from anchor_context.attention.patterns import make_layout
 from anchor_context.engine import make_engine
 from anchor_context.layout import IGNORE_INDEX
@@ -105,6 +106,32 @@ def test_no_logits_of_the_whole_row_exist(monkeypatch):
     with Sizes():
         tiled_loss(hidden, head, torch.randint(300, (2 * TOKENS,))).backward()
     assert max(made) == 300 * 8
+
+
+@pytest.mark.parametrize("engine", ["flash", "flex"])
+def test_a_step_takes_no_decision_from_a_tensor(engine):
+    """On a GPU each would wait until all work before it is done."""
+    decisions = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+    class NoDecision(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            by_number = function is torch.ops.aten.index.Tensor and all(
+                index is None or index.dtype != torch.bool for index in args[1]
+            )
+            assert by_number or not decisions & set(function.tags), function
+            return function(*args, **(kwargs or {}))
+
+    model, batch = model_and_batch(tied=False)
+    set_attention(
+        model, make_engine(engine, device=torch.device("cpu"), dtype=torch.float32).attend
+    )
+    with NoDecision():
+        loss_sum, count = CausalLMWithLoss(model, fused=False)(**batch)
+        (loss_sum / count).backward()
+        flex.block_mask(batch["layout"])  # what stands for the dense mask on CUDA
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            loss_sum.item()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    masking_utils,
 )
 
 from anchor_context.attention.patterns import make_layout
@@ -119,6 +121,27 @@ def test_the_pattern_is_the_same_in_every_mode(family, engine):
         gradients[checkpointing] = [p.grad.clone() for p in model.parameters()]
     for plain, recomputed in zip(gradients[False], gradients[True], strict=True):
         assert torch.allclose(plain, recomputed, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_makes_no_mask_and_looks_for_no_packed_rows(family, monkeypatch):
+    """Its look at `position_ids` waits for the device, at every forward."""
+    model = tiny_model(family)
+    seen = []
+
+    def dense(q, k, v, layout, **settings):
+        seen.append(settings)
+        return attend("reference")(q, k, v, layout, **settings)
+
+    def unwanted(*args, **kwargs):
+        raise AssertionError("a mask, or what a mask is made of")
+
+    set_attention(model, dense)
+    masks = dict.fromkeys(AttentionMaskInterface._global_mapping, unwanted)
+    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", masks)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", unwanted)
+    logits(model, placed("per_document"))
+    assert len(seen) == model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
