@@ -44,7 +44,12 @@ from transformers.utils import logging as transformers_logging
 
 from anchor_context.agreement import EXIT_TRY_AGAIN, PreemptionGuard, on_one_rank
 from anchor_context.attention.patterns import check_pattern
-from anchor_context.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from anchor_context.checkpoint import (
+    disk_errors,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from anchor_context.data.loader import make_loader
 from anchor_context.data.packing import PreparedRows, prepare_rows
 from anchor_context.engine import Engine, default_anchor_placement, make_engine
@@ -840,11 +845,15 @@ def save_model(
         unfinished = folder.with_name(f".unfinished-{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         plain = {name.removeprefix("model."): weight for name, weight in weights.items()}
-        accelerator.unwrap_model(model).model.save_pretrained(unfinished, state_dict=plain)
-        tokenizer.save_pretrained(unfinished)
-        if folder.exists():  # from before a resume
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
+        try:
+            with disk_errors(unfinished):
+                accelerator.unwrap_model(model).model.save_pretrained(unfinished, state_dict=plain)
+                tokenizer.save_pretrained(unfinished)
+            if folder.exists():  # from before a resume
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
+        finally:  # half a model would only keep the disk full
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     try:
         on_one_rank(accelerator, write)

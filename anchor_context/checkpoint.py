@@ -123,6 +123,21 @@ def save_checkpoint(
     return final
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """While `path` is written: what the system refused is raised as `OSError`, whoever reports it.
+
+    safetensors and tokenizers raise classes of their own, or none in particular, with the number as text.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
 def _prepare(folder: Path, unfinished: Path, final: Path) -> bool:
     """Whether `final` is there already, complete. If not, make an empty `unfinished`."""
     if final.exists() and not verify_checkpoint(final):
