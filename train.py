@@ -50,7 +50,7 @@ from anchor_context.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from anchor_context.data.loader import make_loader
+from anchor_context.data.loader import check_same_stream, make_loader, stream_origin
 from anchor_context.data.packing import PreparedRows, prepare_rows
 from anchor_context.engine import Engine, default_anchor_placement, make_engine
 from anchor_context.loss import CausalLMWithLoss, check_head
@@ -374,8 +374,10 @@ def main(flags: Flags) -> None:
 
     checkpoint = on_one_rank(accelerator, partial(find_checkpoint, output, flags.resume))
     step = rows = tokens_seen = bad_steps = bad_in_a_row = 0
+    stream = stream_origin(prepared, seed=flags.seed)
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint)
+        check_same_stream(stream, state["stream"])
         step, rows, tokens_seen = state["steps"], state["rows"], state["tokens_seen"]
         bad_steps, bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
         scheduler.load_state_dict(scheduler.state_dict() | state["schedule"])
@@ -534,6 +536,7 @@ def main(flags: Flags) -> None:
                     "bad_steps": bad_steps,
                     "bad_in_a_row": bad_in_a_row,
                     "schedule": schedule_state(scheduler),
+                    "stream": stream,
                 }
                 saved = save_checkpoint(
                     accelerator,
