@@ -56,9 +56,15 @@ def test_bad_steps_are_skipped_on_all_ranks_and_counted(tiny, row_cache, poison,
     output = tmp_path / "run"
     flags = ("--max-train-steps", "6", "--gradient-accumulate-every", "2", "--saving_interval", "1")
     schedule = ("--lr_scheduler_type", "linear", "--max_bad_steps", "3")
+    every_few_microseconds = ("--save_per_hours", "1e-9")
     cache = ("--cache_dir", str(row_cache))
-    with started(tiny, 2, output, *flags, *schedule, *cache, hooks=hooks) as run:
+    flags = (*flags, *schedule, *every_few_microseconds, *cache)
+    with started(tiny, 2, output, *flags, hooks=hooks) as run:
         printed = run.finish(0)
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {
+        "checkpoint_5_20",
+        "checkpoint_6_24",
+    }, "every step took longer, and the newest two are kept"
     bad = bad_steps(output)
     assert [step["step"] for step in bad] == [3, 4]
     rows = [row for step in bad for row in step["rows"]]
