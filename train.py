@@ -503,7 +503,9 @@ def main(flags: Flags) -> None:
                 )
             )
 
-            if step % flags.logging_steps == 0 or step == max_steps or stopped or checkpoint_due:
+            # Saving a model or a checkpoint is no part of a step's time: what came before is logged first.
+            saving = checkpoint_due or model_is_due(flags, step, max_steps)
+            if step % flags.logging_steps == 0 or stopped or saving:
                 # The only wait for the device in the loop.
                 losses = accelerator.reduce(
                     torch.stack([s["loss"] for s in unlogged]), "sum"
