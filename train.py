@@ -51,12 +51,13 @@ from transformers.utils import logging as transformers_logging
 from anchor_context.agreement import EXIT_TRY_AGAIN, PreemptionGuard, on_one_rank
 from anchor_context.attention.patterns import check_pattern
 from anchor_context.checkpoint import (
+    disk_errors,
     find_checkpoint,
     load_checkpoint,
-    place_of_checkpoint,
     save_checkpoint,
+    state_of_checkpoint,
 )
-from anchor_context.data.loader import make_loader
+from anchor_context.data.loader import check_same_stream, make_loader, stream_origin
 from anchor_context.data.packing import PreparedRows, prepare_rows
 from anchor_context.engine import Engine, default_anchor_placement, make_engine
 from anchor_context.loss import CausalLMWithLoss, check_head
@@ -329,7 +330,13 @@ def main(flags: Flags) -> None:
         num_proc=flags.num_proc,
     )
     checkpoint = on_one_rank(accelerator, partial(find_checkpoint, output, flags.resume))
-    step, rows = (0, 0) if checkpoint is None else place_of_checkpoint(checkpoint)
+    stream = stream_origin(prepared, seed=flags.seed)
+    step = rows = tokens_seen = bad_steps = bad_in_a_row = 0
+    if checkpoint is not None:
+        state = state_of_checkpoint(checkpoint)
+        check_same_stream(stream, state["stream"])
+        step, rows, tokens_seen = state["steps"], state["rows"], state["tokens_seen"]
+        bad_steps, bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
     rows_per_step = flags.batch_size * flags.gradient_accumulate_every * grid.data_degree
     steps_left = max(0, -(-(len(prepared) - rows) // rows_per_step))  # of one epoch
     max_steps = flags.max_train_steps or step + steps_left
@@ -372,14 +379,11 @@ def main(flags: Flags) -> None:
     check_rotary_precision(model)
 
     # ----------------------------------------------------------------------------------------------
-    # Resume: the checkpoint restores weights, optimiser and random states, and returns our own counts. The
-    # schedule is a function of the step, whatever the ranks.
+    # Resume: the checkpoint restores weights, optimiser and random states. The schedule is a function of the
+    # step, whatever the ranks.
 
-    tokens_seen = bad_steps = bad_in_a_row = 0
     if checkpoint is not None:
-        state = load_checkpoint(accelerator, checkpoint)
-        tokens_seen = state["tokens_seen"]
-        bad_steps, bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
+        load_checkpoint(accelerator, checkpoint)
         # A kill may have come between the checkpoint and the model of the same step.
         if model_is_due(flags, step, max_steps) and not (output / f"step-{step}").exists():
             save_model(accelerator, model, tokenizer, output / f"step-{step}", must=True)
@@ -506,7 +510,9 @@ def main(flags: Flags) -> None:
                 )
             )
 
-            if step % flags.logging_steps == 0 or step == max_steps or stopped or checkpoint_due:
+            # Saving a model or a checkpoint is no part of a step's time: what came before is logged first.
+            saving = checkpoint_due or model_is_due(flags, step, max_steps)
+            if step % flags.logging_steps == 0 or stopped or saving:
                 # The loop's own only wait for the device. ZeRO-3 waits too: behind its queued gathers and
                 # reductions, at the end of every backward, and for the norm in every update; Liger's loss
                 # does twice per micro-batch (`loss.py`), RoPE of the type dynamic in every forward.
@@ -540,6 +546,7 @@ def main(flags: Flags) -> None:
                     "tokens_seen": tokens_seen,
                     "bad_steps": bad_steps,
                     "bad_in_a_row": bad_in_a_row,
+                    "stream": stream,
                 }
                 saved = save_checkpoint(
                     accelerator,
@@ -654,16 +661,14 @@ def check_output_is_free(output: Path, flags: Flags) -> None:
 
 def load_config_and_tokenizer(flags: Flags) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """Of the model to train. Raises `ValueError` where there are none."""
-    source = {"trust_remote_code": flags.trust_remote_code}
+    name = flags.model_name_or_path
     try:
         return (
-            AutoConfig.from_pretrained(flags.model_name_or_path, **source),
-            AutoTokenizer.from_pretrained(flags.model_name_or_path, **source),
+            AutoConfig.from_pretrained(name, trust_remote_code=flags.trust_remote_code),
+            AutoTokenizer.from_pretrained(name, trust_remote_code=flags.trust_remote_code),
         )
     except (OSError, ValueError) as error:  # transformers raises both
-        raise ValueError(
-            f"--model_name_or_path {flags.model_name_or_path} cannot be loaded: {error}"
-        ) from error
+        raise ValueError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
 
 
 def check_trackers(flags: Flags) -> list[str]:
@@ -917,11 +922,15 @@ def save_model(
         unfinished = folder.with_name(f".unfinished-{folder.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         plain = {name.removeprefix("model."): weight for name, weight in weights.items()}
-        accelerator.unwrap_model(model).model.save_pretrained(unfinished, state_dict=plain)
-        tokenizer.save_pretrained(unfinished)
-        if folder.exists():  # from before a resume
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
+        try:
+            with disk_errors(unfinished):
+                accelerator.unwrap_model(model).model.save_pretrained(unfinished, state_dict=plain)
+                tokenizer.save_pretrained(unfinished)
+            if folder.exists():  # from before a resume
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
+        finally:  # half a model would only keep the disk full
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     try:
         on_one_rank(accelerator, write)

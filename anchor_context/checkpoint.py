@@ -123,6 +123,21 @@ def save_checkpoint(
     return final
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """While `path` is written: what the system refused is raised as `OSError`, whoever reports it.
+
+    safetensors and tokenizers raise classes of their own, or none in particular, with the number as text.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
 def _prepare(folder: Path, unfinished: Path, final: Path) -> bool:
     """Whether `final` is there already, complete. If not, make an empty `unfinished`."""
     if final.exists() and not verify_checkpoint(final):
@@ -265,10 +280,10 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     return None
 
 
-def place_of_checkpoint(path: Path) -> tuple[int, int]:
-    """(optimiser steps, rows) done, of a checkpoint that `find_checkpoint` gave."""
+def state_of_checkpoint(path: Path) -> dict:
+    """The caller's state, with `steps` and `rows`, of a checkpoint that `find_checkpoint` gave."""
     content = _read_manifest(Path(path))
-    return content["steps"], content["rows"]
+    return content["state"] | {"steps": content["steps"], "rows": content["rows"]}
 
 
 def verify_checkpoint(path: Path) -> list[str]:
@@ -325,15 +340,12 @@ def _checkpoints(folder: Path) -> list[Path]:
 # Load.
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> dict:
+def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     """Load a checkpoint that `find_checkpoint` gave, right after `accelerator.prepare`. Collective.
 
     With another number of ranks (or ZeRO sub-group size) than at the save, one process first converts
     it beside the original, by DeepSpeed's `ds_to_universal`, and the copy is removed after loading.
     Random states are then not restored: those of other ranks mean nothing here; the caller's seed stays.
-
-    Returns:
-        The caller's `state`, with `steps` and `rows`.
 
     Raises:
         ValueError: it is of another ZeRO stage, or holds objects of classes that nothing here wrote.
@@ -364,7 +376,6 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> dict:
         if accelerator.is_main_process:
             shutil.rmtree(converted, ignore_errors=True)
         _mend_universal(engine, rank_state["param_groups"])
-    return content["state"] | {"steps": content["steps"], "rows": content["rows"]}
 
 
 def _load_engine(engine: DeepSpeedEngine, folder: Path) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from termcolor import colored
 
 PEAK_BF16_FLOPS = {  # dense, per second, from the vendors' data sheets
     "B200": 2250e12,
@@ -88,7 +89,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: appends one object per step, on disk before the call returns."""
+    """`metrics.jsonl`: appends one object per step, in the file before the call returns.
+
+    Where the disk refuses, a message says so once; the lines wait, and come with the next one that it takes.
+    """
 
     def __init__(self, path: Path, *, keep_steps: int):
         """Continue the file behind step `keep_steps`; what a killed run wrote past it is dropped."""
@@ -99,10 +103,27 @@ class MetricsFile:
         )  # a kill here leaves the old file whole
         rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
         rewritten.replace(path)
+        self._end = path.stat().st_size
+        """Where the whole lines end: what a full disk cut off lies behind it, and is written over."""
+        self._waiting = b""
 
     def append(self, record: dict) -> None:
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        refused_before = bool(self._waiting)
+        self._waiting += (json.dumps(record) + "\n").encode()
+        try:
+            with self.path.open("r+b") as stream:
+                stream.truncate(self._end)
+                stream.seek(self._end)
+                stream.write(self._waiting)
+        except OSError as error:
+            if not refused_before:
+                _warn(
+                    f"{self.path} not written: {error.strerror} (errno {error.errno}). Its lines wait "
+                    "until the disk takes them; training goes on"
+                )
+        else:
+            self._end += len(self._waiting)
+            self._waiting = b""
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -113,13 +134,18 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def plot_loss(metrics: Path, plot: Path) -> None:
-    """Draw loss and learning rate against tokens seen, as a PNG."""
+    """Draw loss and learning rate against tokens seen, as a PNG; a message where the disk refuses.
+
+    A plot is no reason to call a finished run failed. Without records there is none.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     records = read_metrics(metrics)
+    if not records:
+        return
     tokens = [record["tokens_seen"] for record in records]
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
@@ -134,7 +160,10 @@ def plot_loss(metrics: Path, plot: Path) -> None:
     rate_axis.set_ylim(bottom=0)
     axis.legend(handles=line, loc="upper right")
     axis.set_title(f"{records[-1]['step']} steps, final loss {losses[-1]:.3f}")
-    figure.savefig(plot, dpi=120)
+    try:
+        figure.savefig(plot, dpi=120)
+    except OSError as error:
+        _warn(f"{plot} not written: {error.strerror} (errno {error.errno})")
     pyplot.close(figure)
 
 
@@ -177,3 +206,7 @@ def parse_profile_steps(steps: str) -> tuple[int, int]:
             f"--profile_steps {steps} must be A:B, the first and the last step to profile, such as 3:5"
         )
     return int(first), int(last)
+
+
+def _warn(message: str) -> None:
+    print(colored(message, "red"), file=sys.stderr, flush=True)

@@ -54,6 +54,26 @@ def _epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
+def stream_origin(prepared: PreparedRows, *, seed: int) -> dict[str, object]:
+    """What the stream of rows depends on, by flag, as JSON holds it. How ranks share it is no part of it."""
+    return prepared.origin | {"--seed": seed}
+
+
+def check_same_stream(here: dict[str, object], there: dict[str, object]) -> None:
+    """Raise `ValueError` where a place in the stream `there`, in rows, is another place `here`."""
+    different = [
+        f"{flag} is {here.get(flag)} here and was {there.get(flag)}"
+        for flag in sorted(here.keys() | there.keys())
+        if here.get(flag) != there.get(flag)
+    ]
+    if different:
+        raise ValueError(
+            f"--resume: the checkpoint stands at a place in other rows: {'; '.join(different)}. Going on "
+            "here would repeat rows and leave others out: resume with what it was saved with, or train "
+            "a saved model (--model_name_or_path …/step-N) in another --output-dir"
+        )
+
+
 class MicroBatches(IterableDataset):
     """The micro-batches of one data-parallel rank, ready for the model. See `make_loader`."""
 

@@ -21,6 +21,7 @@ Costs: nothing in memory but what is read; a row costs one read of 4 (S + 1) byt
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -46,6 +47,14 @@ ARRAYS = (
     "pad_counts",
     "target_counts",
 )
+FLAGS = {
+    "data_format": "--data-format",
+    "row_length": "--seq-length",
+    "strategy": "--packing",
+    "vocab_size": "--model_name_or_path (its vocabulary)",
+    "seed": "--seed (of the preparation)",
+}
+"""Options of the preparation that have not their flag's name."""
 NO_TOKEN = -1
 """The extra token of a row whose last token has no target."""
 
@@ -120,6 +129,22 @@ class PreparedRows:
     def report(self) -> dict:
         """The account: `document_tokens + anchors_added + pad_tokens == rows * row_length`."""
         return self.manifest["report"]
+
+    @property
+    def origin(self) -> dict[str, object]:
+        """What shaped the rows, by the flag that decides it, as JSON holds it: equal ones, equal rows.
+
+        Data that were moved or touched are the same data; bad documents are skipped, or no rows come.
+        """
+        made = self.manifest["fingerprint"]
+        data = [{k: v for k, v in d.items() if k not in ("path", "mtime_ns")} for d in made["data"]]
+        options = {FLAGS.get(k, f"--{k}"): v for k, v in made["options"].items()}
+        del options["--skip_bad_documents"]
+        return options | {
+            "--dataset (its content)": hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12],
+            "--model_name_or_path (its tokenizer)": made["tokenizer"][:12],
+            "the format of prepared rows": made["format_version"],
+        }
 
     @property
     def pad_id(self) -> int:

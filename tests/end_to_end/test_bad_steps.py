@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import textwrap
 from itertools import pairwise
 from pathlib import Path
@@ -57,9 +56,15 @@ def test_bad_steps_are_skipped_on_all_ranks_and_counted(tiny, row_cache, poison,
     output = tmp_path / "run"
     flags = ("--max-train-steps", "6", "--gradient-accumulate-every", "2", "--saving_interval", "1")
     schedule = ("--lr_scheduler_type", "linear", "--max_bad_steps", "3")
+    every_few_microseconds = ("--save_per_hours", "1e-9")
     cache = ("--cache_dir", str(row_cache))
-    with started(tiny, 2, output, *flags, *schedule, *cache, hooks=hooks) as run:
+    flags = (*flags, *schedule, *every_few_microseconds, *cache)
+    with started(tiny, 2, output, *flags, hooks=hooks) as run:
         printed = run.finish(0)
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {
+        "checkpoint_5_20",
+        "checkpoint_6_24",
+    }, "every step took longer, and the newest two are kept"
     bad = bad_steps(output)
     assert [step["step"] for step in bad] == [3, 4]
     rows = [row for step in bad for row in step["rows"]]
@@ -101,23 +106,45 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(
     assert [step["step"] for step in metrics(output)] == list(range(1, 10))
 
 
+FULL_DISK = """\
+    import os, resource
+    if "RANK" in os.environ:
+        from anchor_context.loss import CausalLMWithLoss
+        from anchor_context.metrics import MetricsFile
+        append, forward, calls = MetricsFile.append, CausalLMWithLoss.forward, []
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def four_full_steps(self, *args, **kwargs):
+            calls.append(1)
+            full = (20_000, unlimited[1]) if len(calls) <= 4 else unlimited
+            resource.setrlimit(resource.RLIMIT_FSIZE, full)
+            return forward(self, *args, **kwargs)
+
+        def append_much(self, record):
+            append(self, record | {"filler": "x" * 8_000})
+
+        CausalLMWithLoss.forward, MetricsFile.append = four_full_steps, append_much
+"""
+
+
 @pytest.mark.slow
-def test_a_disk_that_refuses_costs_a_checkpoint_not_the_run(tiny, row_cache, poison, tmp_path):
-    """No file may grow over the limit: the checkpoints' may not be written, the record may."""
+def test_a_disk_that_refuses_costs_a_checkpoint_not_the_run(tiny, row_cache, tmp_path):
+    """For four steps no file may grow over a limit, on any rank. The log stays below it; checkpoints and
+    models do not, nor does the record, whose third line is cut off."""
     output = tmp_path / "run"
     folder = tmp_path / "hooks"
     folder.mkdir()
-    limit = f"""\
-        import os, resource
-        if os.environ.get("RANK") == "1":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, {resource.RLIM_INFINITY}))
-    """
-    (folder / "sitecustomize.py").write_text(textwrap.dedent(limit))
-    flags = ("--max-train-steps", "4", "--checkpoint_every", "2")
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(FULL_DISK))
+    flags = ("--max-train-steps", "6", "--checkpoint_every", "2", "--saving_interval", "2")
     cache = ("--cache_dir", str(row_cache))
     with started(tiny, 2, output, *flags, *cache, hooks=folder) as run:
         printed = run.finish(0)
-    assert "checkpoint of step 2 not saved" in printed and "File too large" in printed
+    for step in (2, 4):
+        assert f"checkpoint of step {step} not saved" in printed
+        assert f"the model of step-{step} was not saved: [Errno 27] File too large" in printed
     assert "Earlier checkpoints are untouched; training goes on" in printed
-    assert list((output / "checkpoints").iterdir()) == []
-    assert [step["step"] for step in metrics(output)] == [1, 2, 3, 4]
+    assert printed.count("metrics.jsonl not written: File too large") == 1
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["checkpoint_6_12"]
+    names = {path.name for path in output.iterdir()}
+    assert {name for name in names if "step-" in name} == {"step-6"}, "nothing half is left"
+    assert [step["step"] for step in metrics(output)] == list(range(1, 7))

@@ -230,6 +230,19 @@ def test_a_model_that_a_kill_prevented_is_saved_by_the_resume(corpus, cache, tmp
 
 
 @pytest.mark.slow
+def test_a_place_among_other_rows_is_refused(undisturbed, corpus, cache, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    other = ("--seed", "43", "--seq-length", "64")
+    with started(corpus, 2, output, *split(2), *other, *cache) as run:
+        printed = run.finish(2)
+    assert printed.count("error: --resume: the checkpoint stands at a place in other rows") == 1
+    assert "--seed is 43 here and was 42" in printed
+    assert "--seq-length is 64 here and was 128" in printed
+    assert_same_run(output, undisturbed)
+
+
+@pytest.mark.slow
 def test_another_seed_is_another_run(undisturbed, corpus, cache, tmp_path):
     flags = ("--seed", "43", "--max-train-steps", "6")
     with started(corpus, 2, tmp_path / "run", *split(2), *flags, *cache) as run:

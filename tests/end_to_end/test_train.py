@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def write_tokenized(path: Path, *, rows: int, row_tokens: int, vocab_size: int) 
             source = [{"source": "web", "end": int(end)} for end in ends]
             stream.write(json.dumps({"input_ids": ids.tolist(), "source": source}) + "\n")
     return rows * row_tokens
+
+
+def add_code(model: Path, *, marker: Path) -> None:
+    """Give the model's folder code of its own; to import it makes the file `marker`."""
+    (model / "foreign.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
+    for file, classes in (
+        ("config.json", {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "foreign.Tokenizer"]}),
+    ):
+        settings = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(settings | {"auto_map": classes}))
 
 
 def test_upstreams_flag_line_trains_in_bf16(launch, tmp_path):
@@ -73,10 +85,12 @@ def test_a_tokenizer_without_bos_trains_with_eos_as_the_anchor(launch, tmp_path)
     )
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(model)
+    add_code(model, marker=tmp_path / "foreign code ran")
     data = tmp_path / "documents.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-    launch(
+    secrets = {name: f"the {name} of nobody" for name in ("HF_TOKEN", "WANDB_API_KEY")}
+    finished = launch(
         2,
         tmp_path / "run",
         *("--model_name_or_path", str(model), "--dataset", str(data), "--max-train-steps", "6"),
@@ -89,8 +103,24 @@ def test_a_tokenizer_without_bos_trains_with_eos_as_the_anchor(launch, tmp_path)
             "1e-2",
             "--tensorboard",
         ),
+        *("--logging_steps", "3", "--saving_interval", "2", "--profile_steps", "2:2"),
+        **secrets,
     )
+    assert not (tmp_path / "foreign code ran").exists()
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for secret in secrets.values():
+        assert secret not in finished.stdout
+        assert not [path for path in written if secret.encode() in path.read_bytes()]
+
     steps = metrics(tmp_path / "run")
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= step["data_wait_share"] <= 1 for step in steps)
+    # Logged with the models of steps 2, 4 and 6, whose saving counts as no step's time, and at step 3.
+    seconds = [step["step_seconds"] for step in steps]
+    assert [seconds.index(value) for value in seconds] == [0, 0, 2, 3, 4, 4]
+    for rank in (0, 1):
+        trace = tmp_path / "run" / "profile" / f"steps-2-2.rank-{rank}.json.gz"
+        assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert [step["learning_rate"] for step in steps[:3]] == [0, 0.005, 0.01] and steps[-1][
         "learning_rate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,13 +17,18 @@ import torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from anchor_context import checkpoint
 from anchor_context.checkpoint import (
     MANIFEST,
+    disk_errors,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    state_of_checkpoint,
     verify_checkpoint,
 )
 
@@ -178,8 +184,8 @@ def resumed(accelerator, run: TinyRun, folder: Path) -> dict:
         assert not (folder / "ran").exists()
 
     path = find_checkpoint(folder, "auto")
-    state = load_checkpoint(accelerator, path)
-    assert state == STATE | {"steps": SAVED_AT, "rows": SAVED_AT * ROWS}
+    load_checkpoint(accelerator, path)
+    assert state_of_checkpoint(path) == STATE | {"steps": SAVED_AT, "rows": SAVED_AT * ROWS}
     draws = run.draws() if same_ranks else None
     decays = [group["weight_decay"] for group in run.optimizer.param_groups]
     losses = [run.step(n) for n in range(SAVED_AT, STEPS)]
@@ -378,6 +384,24 @@ def test_a_changed_number_in_the_manifest_is_found(run_folder, old, new):
     assert old in text
     (path / MANIFEST).write_text(text.replace(old, new))
     assert verify_checkpoint(path) == [f"{MANIFEST}: its contents have changed (SHA-256)"]
+
+
+def test_libraries_in_rust_say_that_the_disk_refused_as_everyone_does(tmp_path):
+    tensors = {"weight": torch.zeros(10_000)}
+    tokenizer = Tokenizer(WordLevel({f"word {n}": n for n in range(1000)}, unk_token="word 0"))
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in (lambda path: save_file(tensors, path), lambda path: tokenizer.save(str(path))):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+        try:
+            with pytest.raises(OSError) as caught, disk_errors(tmp_path):
+                write(tmp_path / "file")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert caught.value.errno == errno.EFBIG
+        assert caught.value.filename == str(tmp_path)
+        write(tmp_path / "file")
+    with pytest.raises(ValueError, match="of another kind"), disk_errors(tmp_path):
+        raise ValueError("of another kind")
 
 
 def test_keeping_none_is_refused():

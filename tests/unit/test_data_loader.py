@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import subprocess
 import sys
@@ -11,10 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_samples import BOS, prepare, write_texts
+from data_samples import BOS, byte_tokenizer, prepare, write_texts
 
 from anchor_context.attention.patterns import PATTERNS
-from anchor_context.data.loader import collate, make_loader
+from anchor_context.data.loader import (
+    check_same_stream,
+    collate,
+    make_loader,
+    stream_origin,
+)
 from anchor_context.layout import IGNORE_INDEX
 
 SPLITS = [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)]
@@ -79,6 +86,62 @@ def test_a_resumed_stream_goes_on_where_it_was(prepared, steps_done):
     for expected, got in zip(whole[2 * steps_done :], rest, strict=True):
         assert got["row_ids"] == expected["row_ids"]
         assert torch.equal(got["labels"], expected["labels"])
+
+
+STREAM = [(1, 1, 2), (2, 2, 1), (1, 2, 4), (4, 1, 1), (1, 1, 1)]
+"""(batch size, accumulation, data ranks) of a run that other ranks resume, and others again."""
+
+
+@pytest.mark.parametrize("first", range(len(STREAM)))
+def test_an_epoch_resumed_by_other_ranks_trains_every_row_once(prepared, first):
+    rows = len(prepared)
+    assert rows > 2 * sum(np.prod(split) for split in STREAM), "not every split would get its turn"
+    seen, place = [], 0
+    runs = STREAM[first:] + STREAM[:first]
+    for batch_size, accumulation, ranks in runs:
+        steps = 2 if (batch_size, accumulation, ranks) != runs[-1] else None
+        count = None if steps is None else steps * accumulation
+        for rank in range(ranks):
+            mine = batches(
+                prepared,
+                count,
+                batch_size=batch_size,
+                accumulation=accumulation,
+                data_rank=rank,
+                data_degree=ranks,
+                first_row=place,
+                total_rows=rows,
+            )
+            seen += [row for batch in mine for row in batch["row_ids"] if row >= 0]
+        place += (steps or 0) * batch_size * accumulation * ranks
+    assert sorted(seen) == list(range(rows))
+
+
+def test_a_place_in_the_stream_is_the_same_rows_or_refused(tmp_path):
+    texts = ["abcdefghij"[i % 10] * (1 + 13 * i % 170) for i in range(40)]
+    data = write_texts(tmp_path / "d.jsonl", texts)
+    there = stream_origin(prepare(data, tmp_path), seed=0)
+    there = json.loads(json.dumps(there))  # as a checkpoint keeps it
+
+    elsewhere = write_texts(tmp_path / "moved.jsonl", texts)
+    os.utime(elsewhere, (0, 0))
+    same = prepare(elsewhere, tmp_path / "cache", num_proc=2, skip_bad_documents=True)
+    check_same_stream(stream_origin(same, seed=0), there)
+
+    other = write_texts(tmp_path / "other.jsonl", ["k" + texts[0][1:], *texts[1:]])
+    for flag, here in (
+        ("--seed is 1 here and was 0", (data, {}, 1)),
+        ("--seq-length is 32 here and was 64", (data, {"row_length": 32}, 0)),
+        ("--packing is best_fit here and was concat", (data, {"strategy": "best_fit"}, 0)),
+        (r"--dataset \(its content\) is", (other, {}, 0)),
+        ("its tokenizer", (data, {"tokenizer": byte_tokenizer(words=("aa",))}, 0)),
+    ):
+        dataset, options, seed = here
+        origin = stream_origin(prepare(dataset, tmp_path, **options), seed=seed)
+        with pytest.raises(ValueError, match=flag) as caught:
+            check_same_stream(origin, there)
+        assert str(caught.value).count(" here and was ") == 1
+        assert "resume with what it was saved with" in str(caught.value)
 
 
 def test_the_last_step_is_filled_up_with_blank_rows(prepared):

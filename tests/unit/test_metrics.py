@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +133,65 @@ def test_a_kill_while_rewriting_leaves_the_old_record(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         MetricsFile(path, keep_steps=1)
     assert len(read_metrics(path)) == 2
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """A full disk: the byte behind `size` of any file is refused, after those before it were written.
+
+    Messages must not go to a file meanwhile: ask for `capsys`.
+    """
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
+def test_what_a_full_disk_refuses_is_said_once_and_written_later(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, keep_steps=0)
+    file.append({"step": 1})
+    with files_end_at(path.stat().st_size + 5):
+        for step in (2, 3):
+            file.append({"step": step})
+        assert path.read_text() == '{"step": 1}\n{"ste', "the case is vacuous"
+        assert read_metrics(path) == [{"step": 1}]
+    told = capsys.readouterr().err
+    assert told.count(f"{path} not written: File too large (errno 27)") == 1
+    for step in (4, 5):
+        file.append({"step": step})
+    assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in range(1, 6))
+
+    with files_end_at(path.stat().st_size):
+        file.append({"step": 6})
+    assert f"{path} not written" in capsys.readouterr().err, "another time, another message"
+
+
+def test_a_longer_half_line_is_not_left_behind_a_shorter_whole_one(tmp_path, capsys):
+    """Several lines wait, one of them fits, and the run is resumed before the others were written."""
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, keep_steps=0)
+    with files_end_at(40):
+        for step in (1, 2, 3, 4):
+            file.append({"step": step})
+    resumed = MetricsFile(path, keep_steps=2)
+    resumed.append({"step": 3})
+    assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3))
+
+
+def test_a_plot_that_the_disk_refuses_is_a_message(tmp_path, capsys):
+    metrics, plot = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    plot_loss(metrics, plot)
+    assert not plot.exists(), "there is no step to draw"
+    MetricsFile(metrics, keep_steps=0).append(
+        {"step": 1, "tokens_seen": 10, "loss": 3.0, "learning_rate": 1e-3}
+    )
+    plot_loss(metrics, plot)
+    with files_end_at(500):
+        plot_loss(metrics, plot)
+    assert f"{plot} not written: File too large" in capsys.readouterr().err
 
 
 def test_the_plot_is_a_png(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 from dataclasses import fields, replace
 from fractions import Fraction
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    dynamic_module_utils,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import train
@@ -161,6 +168,32 @@ def test_a_plain_python_start_says_how_to_launch(monkeypatch):
 def test_models_that_cannot_be_trained_so_are_refused(config, change, grid, says):
     with pytest.raises(ValueError, match=says):
         train.check_model(config, replace(GOOD, **change), grid)
+
+
+def test_a_model_s_own_code_runs_only_by_the_flag(tmp_path, monkeypatch):
+    launched(monkeypatch)
+    model = {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    (tmp_path / "foreign.py").write_text("raise LookupError('the foreign code ran')\n")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    output = str(tmp_path / "run")
+    flags = replace(GOOD, model_name_or_path=str(tmp_path), output_dir=output)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        train.main(flags)
+    with pytest.raises(LookupError, match="the foreign code ran"):
+        train.main(replace(flags, trust_remote_code=True))
+
+
+def test_nothing_is_loaded_past_the_flag_for_a_models_own_code():
+    calls = [
+        node
+        for node in ast.walk(ast.parse(Path(train.__file__).read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "from_pretrained"
+    ]
+    assert len(calls) == 3, "configuration, tokenizer, model"
+    for call in calls:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given["trust_remote_code"] == "flags.trust_remote_code"
 
 
 def test_models_that_can_be_trained_pass():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -193,6 +195,23 @@ def test_a_bad_number_is_named(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name}={value} must be a whole number"):
         setup_debugpy(SimpleNamespace(num_processes=2, process_index=0))
+
+
+def test_the_editors_settings_attach_where_a_run_listens():
+    text = (ROOT / ".vscode/launch.json").read_text()
+    settings = json.loads(re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE))
+    attach, *others = settings["configurations"]
+    assert (attach["type"], attach["request"]) == ("debugpy", "attach")
+    default = inspect.signature(setup_debugpy).parameters
+    assert attach["connect"] == {
+        "host": default["endpoint"].default,
+        "port": default["port"].default,
+    }
+    assert attach["pathMappings"][0].keys() == {"localRoot", "remoteRoot"}
+    assert attach["name"] in inspect.getsource(setup_debugpy), "what a waiting run tells"
+    tests = [entry for entry in others if entry.get("module") == "pytest"]
+    assert tests and all(entry["request"] == "launch" for entry in tests)
+    assert "\n# export DEBUGPY=1\n" in (ROOT / "demo_llama.sh").read_text()
 
 
 def test_an_unknown_host_is_named():
