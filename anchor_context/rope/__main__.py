@@ -5,7 +5,8 @@
         [--dtypes float32,bfloat16,float16] [--patterns full,anchor] [--documents 4] [--queries 32]
 
 writes DIR/report.md, change.csv, steps.csv, tokens.csv and six pictures. Works without a GPU and
-without S × S memory: a sample of each row's queries meets all of its keys, and the report says how many.
+without S × S memory (a sliding window's mask apart): a sample of each row's queries meets all of its keys,
+and the report says how many.
 """
 
 from __future__ import annotations

@@ -162,7 +162,6 @@ def by_pattern(found: Measurements) -> Figure:
     ]
     exact.bar(range(len(patterns)), heights, 0.6, color="#666666")
     exact.axhline(1e-10, color="black", linestyle=":", linewidth=1)
-    exact.annotate("1e-10", (-0.4, 1e-10), va="bottom", fontsize=8)
     exact.set(yscale="log", ylim=(floor, max(10, 10 * max(heights))))
 
     all_tokens.set(title="rounding part: all tokens", ylabel=QUANTITIES["logit"])
@@ -170,7 +169,10 @@ def by_pattern(found: Measurements) -> Figure:
     first_key.set(
         title="rounding part: the first token's rotated key", ylabel="largest error of an element"
     )
-    exact.set(title="exact part (float64): the first token's logit", ylabel="mean |logit change|")
+    exact.set(
+        title="exact part (float64): the first token's logit; dotted: 1e-10",
+        ylabel="mean |logit change|",
+    )
     for axes in figure.axes:
         axes.set_xticks(range(len(patterns)), patterns)
         axes.grid(axis="y", alpha=0.3)
@@ -251,8 +253,8 @@ def by_head(found: Measurements) -> Figure:
         )
         axes.grid(visible=False)
         axes.set_xlabel("head")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _first(row).set_ylabel("layer")
     figure.colorbar(image, ax=list(row.values()), label=QUANTITIES["weight"])
     return figure
@@ -296,4 +298,6 @@ def _short(tokens: int) -> str:
 def _legend_below(figure: Figure) -> None:
     """One legend for all axes, outside of them, so that it covers nothing."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=int(figure.get_figwidth() / 2.4)
+    )
