@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Glm4Config, LlamaConfig, LlamaForCausalLM
 
 from anchor_context import loss as loss_module
 from anchor_context import memory
@@ -98,6 +98,24 @@ def test_a_plan_changes_no_loss_and_no_gradient(plan, monkeypatch):
 
 
 @needs_liger
+@pytest.mark.parametrize("family", [LlamaConfig, Glm4Config])
+def test_liger_rotates_as_the_family_does(family):
+    """GLM-4 turns neighbouring entries together, LLaMA the two halves."""
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = family(**sizes, **heads, vocab_size=VOCABULARY, pad_token_id=0)
+    tokens = torch.randint(VOCABULARY, (1, ROW), device=CUDA)
+    logits = []
+    for liger in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(CUDA)
+        apply_memory_plan(model, replace(NOTHING, liger=liger))
+        with torch.no_grad():
+            logits.append(model(tokens, use_cache=False).logits)
+    assert ((logits[1] - logits[0]).norm() / logits[0].norm()).item() < 5e-3
+
+
+@needs_liger
 @pytest.mark.parametrize("targets", [True, False])
 def test_liger_s_loss_is_the_tiled_loss(targets, monkeypatch):
     monkeypatch.setattr(loss_module, "TILE_ENTRIES", 7 * VOCABULARY)
@@ -121,7 +139,8 @@ def test_liger_s_loss_is_the_tiled_loss(targets, monkeypatch):
 
 
 def test_a_short_bf16_run_learns():
-    plan = choose_memory_plan(device=CUDA, row_tokens_per_rank=65_536)
+    plain, _ = model_and_batch(NOTHING, dtype=torch.bfloat16)
+    plan = choose_memory_plan(plain.model, device=CUDA, row_tokens_per_rank=65_536)
     assert plan.gradient_checkpointing == "full" and plan.liger == liger_available(CUDA)
     model, batch = model_and_batch(plan, dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
