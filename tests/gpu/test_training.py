@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Glm4Config, LlamaConfig, LlamaForCausalLM
 
 from anchor_context import loss as loss_module
@@ -18,6 +19,8 @@ from anchor_context.loss import CausalLMWithLoss, liger_available, liger_loss, t
 from anchor_context.memory import MemoryPlan, apply_memory_plan, choose_memory_plan
 from anchor_context.metrics import peak_flops, peak_memory_bytes
 from anchor_context.models import set_attention
+from anchor_context.parallel.groups import make_grid
+from anchor_context.parallel.shard import shard_batch
 
 CUDA = torch.device("cuda")
 ROW, VOCABULARY = 512, 1000
@@ -177,6 +180,21 @@ def test_forward_and_backward_never_wait_for_the_device(checkpointing):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("ring_degree", [1, 2])
+def test_the_loader_s_batches_are_pinned_with_their_layouts(ring_degree):
+    _, batch = model_and_batch(NOTHING, dtype=torch.bfloat16)
+    batch = {key: value.to("cpu") for key, value in batch.items()}
+    grid = make_grid(rank=0, world_size=ring_degree, ring_degree=ring_degree, ulysses_degree=1)
+    batches = [shard_batch(batch, grid=grid)]
+    (pinned,) = DataLoader(batches, batch_size=None, pin_memory=True)
+    layout = pinned.pop("layout")
+    assert all(tensor.is_pinned() for tensor in pinned.values())
+    assert layout.cu_seqlens.is_pinned() and layout.document_ids.is_pinned()
+    if ring_degree > 1:
+        assert layout.schedule.causal.cu_seqlens_q.is_pinned()
+        assert all(step.send.is_pinned() for step in layout.schedule.steps)
 
 
 def test_bf16_follows_float32():
