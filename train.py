@@ -353,6 +353,7 @@ def main(flags: Flags) -> None:
     )
     set_attention(model, engine.attend)
     memory = choose_memory_plan(
+        model,
         device=device,
         row_tokens_per_rank=flags.batch_size * flags.seq_length // grid.sequence_degree,
         gradient_checkpointing=flags.gradient_checkpointing,

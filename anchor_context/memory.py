@@ -1,11 +1,11 @@
 """Long rows in little memory: gradient checkpointing, tiled MLPs and Liger's kernels, and who picks them.
 
-`choose_memory_plan` settles each `auto` once, from the device and the tokens that a rank holds of a row,
-and keeps the reason for the log and for `args.json`; `apply_memory_plan` changes one model instance so.
+`choose_memory_plan` settles each `auto` once, from the model, the device and the tokens that a rank holds
+of a row, and keeps the reason for the log and for `args.json`; `apply_memory_plan` changes one model so.
 
 Guarantees: losses and gradients are those of the model without it, to float32 rounding, also under ZeRO-3
-with gradient accumulation, with tied embeddings, and where a rank has no target. Every choice depends
-on shapes alone, so all ranks agree without asking each other.
+with gradient accumulation, with tied embeddings, and where a rank has no target. `auto` picks only what
+the model can use. Every choice depends on kinds and shapes alone, so all ranks agree without asking.
 Costs: `full` computes each layer's forward once more in the backward, and keeps one (tokens × hidden) input
 per layer; `offload` keeps that in pinned CPU memory, for two copies over the bus. A tiled MLP computes its
 own forward once more, and holds the (tokens × intermediate) activations of one tile alone.
@@ -15,6 +15,7 @@ What stays without these is the loss's part (`loss.py`): the logits.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anchor_context.loss import liger_available
-from anchor_context.rope.float32 import wrap_rotation
+from anchor_context.rope.float32 import rotary_tables, wrap_rotation
 
 CHECKPOINT_FROM = {"cuda": 8_192, "cpu": 32_768}
 """Tokens per rank and row from which `auto` checkpoints. On a GPU 32 layers of hidden size 4,096 keep
@@ -59,6 +60,7 @@ class MemoryPlan:
 
 
 def choose_memory_plan(
+    model: PreTrainedModel,
     *,
     device: torch.device,
     row_tokens_per_rank: int,
@@ -73,7 +75,7 @@ def choose_memory_plan(
             ranks that share a row.
 
     Raises:
-        ValueError: a value that cannot work on this device, or is not among the choices.
+        ValueError: a value that cannot work with this model on this device, or is not among the choices.
     """
     on_cuda = device.type == "cuda"
     tokens = f"{row_tokens_per_rank:,} tokens per rank"
@@ -107,30 +109,44 @@ def choose_memory_plan(
         tile = row_tokens_per_rank >= TILE_MLP_FROM
         bound = f"{TILE_MLP_FROM:,}"
         tile_reason = f"{tokens}, {bound} or more" if tile else f"{tokens}, fewer than {bound}"
+    if tile and (why_not := _why_no_tiles(model)):
+        if tiled_mlp == "yes":
+            raise ValueError(f"--tiled_mlp yes cannot work here: {why_not}; use --tiled_mlp auto")
+        tile, tile_reason = False, why_not
 
     use_liger, liger_reason = liger == "yes", "--liger"
-    why_not = _why_no_liger(device)
+    why_not = None if liger == "no" else _why_no_liger(model, device)
     if liger == "auto":
         use_liger, liger_reason = why_not is None, why_not or f"{device.type}, and installed"
-    elif use_liger and why_not:
+    elif why_not:
         raise ValueError(f"--liger yes cannot work here: {why_not}; use --liger auto")
     return MemoryPlan(
         checkpointing, checkpointing_reason, tile, tile_reason, use_liger, liger_reason
     )
 
 
-def _why_no_liger(device: torch.device) -> str | None:
+def _why_no_tiles(model: PreTrainedModel) -> str | None:
+    if any(map(_is_swiglu_mlp, model.modules())):
+        return None
+    kind = model.config.model_type
+    return (
+        f"{kind} has no MLP with gate_proj, up_proj and down_proj, as LLaMA, Mistral and Qwen have"
+    )
+
+
+def _why_no_liger(model: PreTrainedModel, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"its kernels are Triton's, for CUDA, and this is {device.type}"
-    return None if liger_available(device) else "not installed: pip install liger-kernel"
+    if not liger_available(device):
+        return "not installed: pip install liger-kernel"
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = model.config.model_type
+    return None if kind in MODEL_TYPE_TO_APPLY_LIGER_FN else f"it has no kernels for {kind}"
 
 
 def apply_memory_plan(model: PreTrainedModel, plan: MemoryPlan) -> None:
-    """Change `model` as the plan says; before `CausalLMWithLoss` and `accelerator.prepare`.
-
-    Raises:
-        ValueError: the model has no MLP to tile, or Liger does not know the model.
-    """
+    """Change `model` as the plan made for it says; before `CausalLMWithLoss` and `accelerator.prepare`."""
     if plan.liger:
         apply_liger(model)
     if plan.tiled_mlp:  # after Liger, so that each tile is computed by its SwiGLU
@@ -142,17 +158,15 @@ def apply_memory_plan(model: PreTrainedModel, plan: MemoryPlan) -> None:
 def apply_liger(model: PreTrainedModel) -> None:
     """Give this one `model` Liger's RMSNorm, RoPE and SwiGLU; not its loss, whose place is `loss.py`.
 
-    `rotate_in_float32` (--rope_precision) may come afterwards, and then rotates in its place.
-
-    Raises:
-        ValueError: Liger has no kernels for this type of model.
+    Its RoPE only where it is Liger's own default: where not, the family rotates otherwise (GLM-4 and
+    DeepSeek turn neighbouring entries together). Gemma 3 and OLMo 3, which have a table for each kind of
+    layer, keep their own too. `rotate_in_float32` (--rope_precision) may come afterwards, and then rotates
+    in its place.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance, liger_rotary_pos_emb
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    kind = model.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ValueError(f"--liger yes: Liger has no kernels for {kind} models; use --liger no")
+    apply_to_family = MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type]
     # Besides the instance, Liger exchanges the classes in the model's module: those are put back.
     modeling = vars(sys.modules[type(model).__module__])
     before = dict(modeling)
@@ -166,7 +180,9 @@ def apply_liger(model: PreTrainedModel) -> None:
         fused_linear_cross_entropy=False,
     )
     modeling.update(before)
-    wrap_rotation(model, lambda rotate: liger_rotary_pos_emb)
+    rope = inspect.signature(apply_to_family).parameters.get("rope")
+    if rope is not None and rope.default and rotary_tables(model):
+        wrap_rotation(model, lambda rotate: liger_rotary_pos_emb)
 
 
 def tile_mlps(model: PreTrainedModel) -> Callable[[], None]:

@@ -31,8 +31,17 @@ def main() -> None:
 
 
 def save(folder: Path) -> None:
-    """One file of all the benchmarks' lines, named after the device."""
-    lines = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """One file of all the benchmarks' lines, named after the device; what is no such line is left out."""
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            line = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            line = None
+        if isinstance(line, dict) and "benchmark" in line:
+            lines.append(line)
+        else:
+            print(f"{path.stem} is left out: its last line is no result", file=sys.stderr)
     on_gpu = [line["hardware"] for line in lines if line["benchmark"] != "packing"]
     if not on_gpu:
         sys.exit("error: no benchmark finished; nothing written")

@@ -22,27 +22,30 @@ fi
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
 export PYTORCH_ALLOC_CONF=expandable_segments:True # long rows leave no room for fragments
 found="$(mktemp -d)"
-trap 'rm -rf "$found"' EXIT
 
-part() { # name, seconds, command: its last line becomes $found/name.json
+part() { # name, seconds, command: the last line that it prints (not what it warns of) becomes $found/name.json
     local name="$1" limit="$2"
     shift 2
     echo "== $name (at most $limit s)"
-    if timeout "$limit" "$@" >"$found/$name.log" 2>&1; then
+    if timeout "$limit" "$@" >"$found/$name.log" 2>"$found/$name.err"; then
         tail -n 1 "$found/$name.log" >"$found/$name.json"
         head -n -1 "$found/$name.log"
     else
         echo "$name did not finish (exit $?); the end of what it said:"
-        tail -n 15 "$found/$name.log"
+        tail -n 15 "$found/$name.log" "$found/$name.err"
     fi
 }
 
 echo "== tests/gpu (at most 110 s)"
-timeout 110 "$PYTHON" -m pytest -q tests/gpu 2>&1 | tee "$found/tests.log" | tail -n 5 || true
+timeout 110 "$PYTHON" -m pytest -q tests/gpu 2>"$found/tests.err" | tee "$found/tests.log" | tail -n 5 || true
 
 part attention 70 "$PYTHON" benchmarks/attention.py
 part train_step 150 "$PYTHON" benchmarks/train_step.py --repeats 2
 part memory 150 "$PYTHON" benchmarks/memory.py --variants anchor --at_most_seconds 100
 part packing 40 "$PYTHON" benchmarks/packing.py --megabytes 8
 
-"$PYTHON" benchmarks/collect.py "$found"
+if ! "$PYTHON" benchmarks/collect.py "$found"; then
+    echo "error: not collected; what the parts printed is kept in $found" >&2
+    exit 1
+fi
+rm -rf "$found"

@@ -83,6 +83,7 @@ class Step:
             engine = make_engine("flash", device=device, dtype=dtype)
             set_attention(self.model, engine.attend)
             self.plan = choose_memory_plan(
+                self.model,
                 device=device,
                 row_tokens_per_rank=row_length,
                 gradient_checkpointing=gradient_checkpointing,

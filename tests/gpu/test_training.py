@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, Glm4Config, LlamaConfig, LlamaForCausalLM
 
 from anchor_context import loss as loss_module
 from anchor_context import memory
@@ -18,6 +19,8 @@ from anchor_context.loss import CausalLMWithLoss, liger_available, liger_loss, t
 from anchor_context.memory import MemoryPlan, apply_memory_plan, choose_memory_plan
 from anchor_context.metrics import peak_flops, peak_memory_bytes
 from anchor_context.models import set_attention
+from anchor_context.parallel.groups import make_grid
+from anchor_context.parallel.shard import shard_batch
 
 CUDA = torch.device("cuda")
 ROW, VOCABULARY = 512, 1000
@@ -98,6 +101,24 @@ def test_a_plan_changes_no_loss_and_no_gradient(plan, monkeypatch):
 
 
 @needs_liger
+@pytest.mark.parametrize("family", [LlamaConfig, Glm4Config])
+def test_liger_rotates_as_the_family_does(family):
+    """GLM-4 turns neighbouring entries together, LLaMA the two halves."""
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = family(**sizes, **heads, vocab_size=VOCABULARY, pad_token_id=0)
+    tokens = torch.randint(VOCABULARY, (1, ROW), device=CUDA)
+    logits = []
+    for liger in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(CUDA)
+        apply_memory_plan(model, replace(NOTHING, liger=liger))
+        with torch.no_grad():
+            logits.append(model(tokens, use_cache=False).logits)
+    assert ((logits[1] - logits[0]).norm() / logits[0].norm()).item() < 5e-3
+
+
+@needs_liger
 @pytest.mark.parametrize("targets", [True, False])
 def test_liger_s_loss_is_the_tiled_loss(targets, monkeypatch):
     monkeypatch.setattr(loss_module, "TILE_ENTRIES", 7 * VOCABULARY)
@@ -121,7 +142,8 @@ def test_liger_s_loss_is_the_tiled_loss(targets, monkeypatch):
 
 
 def test_a_short_bf16_run_learns():
-    plan = choose_memory_plan(device=CUDA, row_tokens_per_rank=65_536)
+    plain, _ = model_and_batch(NOTHING, dtype=torch.bfloat16)
+    plan = choose_memory_plan(plain.model, device=CUDA, row_tokens_per_rank=65_536)
     assert plan.gradient_checkpointing == "full" and plan.liger == liger_available(CUDA)
     model, batch = model_and_batch(plan, dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -158,6 +180,21 @@ def test_forward_and_backward_never_wait_for_the_device(checkpointing):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("ring_degree", [1, 2])
+def test_the_loader_s_batches_are_pinned_with_their_layouts(ring_degree):
+    _, batch = model_and_batch(NOTHING, dtype=torch.bfloat16)
+    batch = {key: value.to("cpu") for key, value in batch.items()}
+    grid = make_grid(rank=0, world_size=ring_degree, ring_degree=ring_degree, ulysses_degree=1)
+    batches = [shard_batch(batch, grid=grid)]
+    (pinned,) = DataLoader(batches, batch_size=None, pin_memory=True)
+    layout = pinned.pop("layout")
+    assert all(tensor.is_pinned() for tensor in pinned.values())
+    assert layout.cu_seqlens.is_pinned() and layout.document_ids.is_pinned()
+    if ring_degree > 1:
+        assert layout.schedule.causal.cu_seqlens_q.is_pinned()
+        assert all(step.send.is_pinned() for step in layout.schedule.steps)
 
 
 def test_bf16_follows_float32():

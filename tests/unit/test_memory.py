@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Starcoder2Config,
 )
 from transformers.models.llama import modeling_llama
 
@@ -191,11 +195,14 @@ def stand_in_for_liger(monkeypatch):
     """Liger's interface (0.8), doing to models and modules what it does, in plain PyTorch."""
     asked = {}
 
-    def apply(model, **kernels):
-        asked.update(kernels)
+    def apply(model, *, rope=True, **kernels):
+        asked.update(kernels, rope=rope)
         modeling_llama.LlamaRMSNorm = modeling_llama.LlamaMLP = None  # Liger's own classes there
         for layer in model.model.layers:
             layer.mlp.forward = lambda x, mlp=layer.mlp: type(mlp).forward(mlp, x)
+
+    def apply_without_rope(model, *, rope=False, **kernels):
+        apply(model, rope=rope, **kernels)
 
     def rotate(q, k, cos, sin):
         asked["rotations"] = asked.get("rotations", 0) + 1
@@ -205,7 +212,7 @@ def stand_in_for_liger(monkeypatch):
     transformers_part._apply_liger_kernel_to_instance = apply
     transformers_part.liger_rotary_pos_emb = rotate
     patches = ModuleType("liger_kernel.transformers.monkey_patch")
-    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply, "mistral": apply_without_rope}
     for module in (ModuleType("liger_kernel"), transformers_part, patches):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return asked
@@ -231,13 +238,29 @@ def test_liger_changes_one_model_and_no_loss(stand_in_for_liger, monkeypatch):
     assert stand_in_for_liger["rotations"] == 2 * len(planned.model.layers)  # two micro-batches
 
 
-def test_liger_without_kernels_for_the_model_is_refused(stand_in_for_liger):
+def test_a_rotation_that_liger_leaves_out_stays_the_model_s_own(stand_in_for_liger):
+    """As GLM-4's, which turns neighbouring entries together: Liger's would be another one."""
+    plain, batch = model_and_batch("mistral")
+    planned, _ = model_and_batch("mistral")
+    apply_memory_plan(planned, replace(NOTHING, liger=True))
+    assert stand_in_for_liger["swiglu"] and not stand_in_for_liger["rope"]
+    assert loss_and_gradients(planned, batch)[0] == loss_and_gradients(plain, batch)[0]
+    assert "rotations" not in stand_in_for_liger
+
+
+def test_liger_without_kernels_for_the_model_is_refused(stand_in_for_liger, monkeypatch):
+    monkeypatch.setattr(memory, "liger_available", lambda device: True)
     model, _ = model_and_batch("qwen3")
-    with pytest.raises(ValueError, match="qwen3"):
-        apply_memory_plan(model, replace(NOTHING, liger=True))
+    asked = {"device": CUDA, "row_tokens_per_rank": 16}
+    plan = choose_memory_plan(model, **asked)
+    assert not plan.liger and "no kernels for qwen3" in plan.liger_reason
+    with pytest.raises(ValueError, match="--liger yes.*qwen3"):
+        choose_memory_plan(model, liger="yes", **asked)
 
 
 # --- the choice -----------------------------------------------------------------------------------
+
+LLAMA, _ = model_and_batch()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +276,7 @@ def test_liger_without_kernels_for_the_model_is_refused(stand_in_for_liger):
     ],
 )
 def test_auto_follows_device_and_row_length(device, tokens, expected):
-    plan = choose_memory_plan(device=device, row_tokens_per_rank=tokens)
+    plan = choose_memory_plan(LLAMA, device=device, row_tokens_per_rank=tokens)
     assert (plan.gradient_checkpointing, plan.tiled_mlp) == expected
     for reason in (plan.gradient_checkpointing_reason, plan.tiled_mlp_reason):
         assert f"{tokens:,} tokens" in reason and reason in str(plan)
@@ -263,6 +286,7 @@ def test_auto_follows_device_and_row_length(device, tokens, expected):
 @pytest.mark.parametrize("tiled", ["yes", "no"])
 def test_what_a_flag_says_is_done(checkpointing, tiled):
     plan = choose_memory_plan(
+        LLAMA,
         device=CPU,
         row_tokens_per_rank=16,
         gradient_checkpointing=checkpointing,
@@ -277,22 +301,35 @@ def test_what_a_flag_says_is_done(checkpointing, tiled):
 
 def test_offload_on_the_cpu_is_full_and_says_so():
     asked = {"row_tokens_per_rank": 16, "gradient_checkpointing": "offload"}
-    assert choose_memory_plan(device=CUDA, **asked).gradient_checkpointing == "offload"
-    plan = choose_memory_plan(device=CPU, **asked)
+    assert choose_memory_plan(LLAMA, device=CUDA, **asked).gradient_checkpointing == "offload"
+    plan = choose_memory_plan(LLAMA, device=CPU, **asked)
     assert plan.gradient_checkpointing == "full"
     assert "offload asked for" in plan.gradient_checkpointing_reason
 
 
+@pytest.mark.parametrize("family", [Phi3Config, Starcoder2Config, Glm4Config])
+def test_auto_tiles_no_other_mlps(family):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(family(**sizes, **heads, pad_token_id=0))
+    asked = {"device": CPU, "row_tokens_per_rank": 1_048_576}
+    plan = choose_memory_plan(model, **asked)
+    assert not plan.tiled_mlp and f"{family.model_type} has no MLP" in plan.tiled_mlp_reason
+    apply_memory_plan(model, plan)
+    with pytest.raises(ValueError, match=f"--tiled_mlp yes.*{family.model_type}"):
+        choose_memory_plan(model, tiled_mlp="yes", **asked)
+
+
 @pytest.mark.parametrize("installed", [False, True])
-def test_liger_runs_where_it_can(installed, monkeypatch):
+def test_liger_runs_where_it_can(installed, stand_in_for_liger, monkeypatch):
     monkeypatch.setattr(memory, "liger_available", lambda device: installed)
-    on_gpu = choose_memory_plan(device=CUDA, row_tokens_per_rank=16)
+    on_gpu = choose_memory_plan(LLAMA, device=CUDA, row_tokens_per_rank=16)
     assert on_gpu.liger is installed
     assert ("installed" if installed else "pip install liger-kernel") in on_gpu.liger_reason
-    on_cpu = choose_memory_plan(device=CPU, row_tokens_per_rank=16)
+    on_cpu = choose_memory_plan(LLAMA, device=CPU, row_tokens_per_rank=16)
     assert not on_cpu.liger and "cpu" in on_cpu.liger_reason
     with pytest.raises(ValueError, match="--liger yes"):
-        choose_memory_plan(device=CPU, row_tokens_per_rank=16, liger="yes")
+        choose_memory_plan(LLAMA, device=CPU, row_tokens_per_rank=16, liger="yes")
 
 
 @pytest.mark.parametrize(
@@ -300,4 +337,4 @@ def test_liger_runs_where_it_can(installed, monkeypatch):
 )
 def test_an_unknown_value_names_the_choices(flag, value):
     with pytest.raises(ValueError, match=rf"--{flag} {value}.*auto"):
-        choose_memory_plan(device=CPU, row_tokens_per_rank=16, **{flag: value})
+        choose_memory_plan(LLAMA, device=CPU, row_tokens_per_rank=16, **{flag: value})

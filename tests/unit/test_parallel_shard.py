@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from itertools import pairwise
 
@@ -88,6 +89,39 @@ def test_a_sharded_layout_moves_and_pickles_with_its_schedule():
     assert again.schedule.my_sent_tokens == layout.schedule.my_sent_tokens
     for step, other in zip(layout.schedule.steps, again.schedule.steps, strict=True):
         assert (step.send == other.send).all()
+
+
+def tensors_of(value) -> list[torch.Tensor]:
+    """Every tensor that can be reached from `value`, however it is kept there."""
+    found = []
+
+    class Finder(pickle.Pickler):
+        def persistent_id(self, part):
+            if isinstance(part, torch.Tensor):
+                found.append(part)
+                return "tensor"
+
+    Finder(io.BytesIO()).dump(value)
+    return found
+
+
+@pytest.mark.parametrize("ring_degree", [1, 4])
+def test_every_tensor_of_a_layout_is_pinned(ring_degree, monkeypatch):
+    """One that is not would make its transfer wait for the GPU."""
+    pinned = []  # (a tensor, its copy)
+
+    def pin(tensor):
+        pinned.append((tensor, tensor.clone()))
+        return pinned[-1][1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    layout = shard_batch(batch(), grid=grids(ring_degree, 1)[0])["layout"]
+    before = tensors_of(layout)
+    assert len(before) == 3 if ring_degree == 1 else len(before) > 3 + 2 * ring_degree
+    after = layout.pin_memory()
+    assert type(after) is type(layout)
+    assert {id(tensor) for tensor in before} == {id(tensor) for tensor, _ in pinned}
+    assert {id(tensor) for tensor in tensors_of(after)} == {id(copy) for _, copy in pinned}
 
 
 def test_what_one_rank_sends_is_what_the_other_awaits():
