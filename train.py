@@ -49,7 +49,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from anchor_context.agreement import EXIT_TRY_AGAIN, PreemptionGuard, on_one_rank
-from anchor_context.attention.patterns import check_pattern
+from anchor_context.attention.patterns import PATTERNS, check_pattern
 from anchor_context.checkpoint import (
     disk_errors,
     find_checkpoint,
@@ -329,6 +329,11 @@ def main(flags: Flags) -> None:
         seed=flags.seed,
         num_proc=flags.num_proc,
     )
+    window = sliding_window_of(config)
+    if window is not None:
+        crosses = PATTERNS[flags.attention_pattern].crosses_documents
+        longest = flags.seq_length if crosses else prepared.longest_document
+        engine.check_window(window, pattern=flags.attention_pattern, longest=longest)
     checkpoint = on_one_rank(accelerator, partial(find_checkpoint, output, flags.resume))
     stream = stream_origin(prepared, seed=flags.seed)
     step = rows = tokens_seen = bad_steps = bad_in_a_row = 0
@@ -719,9 +724,7 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
         )
     if grid.ulysses_degree > 1:
         check_heads(config.num_attention_heads, grid.ulysses_degree)
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
+    window = sliding_window_of(config)
     hidden = window is not None and window < flags.seq_length
     if hidden and flags.attn_engine == "flash" and flags.attention_pattern == "anchor":
         raise ValueError(
@@ -729,6 +732,12 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
             "into a document: use --attn_engine flex (not with a ring), or set sliding_window to null in its "
             "config.json"
         )
+
+
+def sliding_window_of(config: PretrainedConfig) -> int | None:
+    """Tokens that layers of the model see; None if all. Qwen carries one that it does not use."""
+    used = getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if used else None
 
 
 def check_rope(config: PretrainedConfig, grid: RankGrid) -> None:

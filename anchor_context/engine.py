@@ -18,7 +18,7 @@ from anchor_context.attention.kernels import choose_kernel
 from anchor_context.parallel.account import CommAccount
 from anchor_context.parallel.groups import RankGrid
 from anchor_context.parallel.hybrid import hybrid
-from anchor_context.parallel.ring import ring
+from anchor_context.parallel.ring import check_window, ring
 from anchor_context.parallel.ulysses import ulysses
 
 ENGINES = ("flash", "flex", "reference")
@@ -37,6 +37,9 @@ class Engine:
     """Why this kernel."""
     account: CommAccount = field(default_factory=CommAccount)
     """What attention sends and receives; stays empty where no rows are shared."""
+    check_window: Callable[..., object] = lambda sliding_window, *, pattern, longest: None
+    """Raises `ValueError` for a model's sliding window that this engine cannot honour on documents (rows of
+    `full`) of up to `longest` tokens: what the first forward would say, before there is a model."""
 
     def __str__(self) -> str:
         return f"{self.name} engine, kernel {self.kernel} ({self.reason}), {self.layout}"
@@ -82,9 +85,10 @@ def make_engine(
             "is of whole rows; use --parallel_mode ulysses_attn, or --attn_engine flash"
         )
 
-    account = CommAccount()
+    account, more = CommAccount(), {}
     if name == "flash":
         chosen, reason = choose_kernel(device, dtype, name=kernel)
+        more["check_window"] = partial(flash.effective_window, kernel=chosen)
         attend, kernel = partial(flash.attend, kernel=chosen), chosen.name
     elif name == "flex":
         attend = flex.make_attend()
@@ -95,6 +99,10 @@ def make_engine(
     else:
         attend, kernel, reason = reference.attend, "dense", "every score written out"
 
+    if grid.ring_degree > 1:
+        more["check_window"] = lambda window, *, pattern, longest: check_window(
+            window, longest=longest
+        )
     if grid.ring_degree > 1 and grid.ulysses_degree > 1:
         attend = hybrid(chosen, ring_group=ring_group, ulysses_group=ulysses_group, account=account)
     elif grid.ring_degree > 1:
@@ -102,5 +110,11 @@ def make_engine(
     elif grid.ulysses_degree > 1:
         attend = ulysses(attend, ulysses_group, account)
     return Engine(
-        attend=attend, name=name, kernel=kernel, layout=str(grid), reason=reason, account=account
+        attend=attend,
+        name=name,
+        kernel=kernel,
+        layout=str(grid),
+        reason=reason,
+        account=account,
+        **more,
     )

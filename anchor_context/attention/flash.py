@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anchor_context.attention.kernels import Kernel, Spans
-from anchor_context.attention.patterns import PATTERNS, attended_boundaries
+from anchor_context.attention.patterns import attended_boundaries
 from anchor_context.layout import DocumentLayout
 
 
@@ -56,7 +56,9 @@ def attend(
         ValueError: a shared anchor, or a sliding window that this kernel or pattern cannot honour.
     """
     cu_seqlens, longest = attended_boundaries(layout)
-    window = effective_window(sliding_window, layout, longest=longest, kernel=kernel)
+    window = effective_window(
+        sliding_window, pattern=layout.pattern, longest=longest, kernel=kernel
+    )
     out = VarlenAttention.apply(
         flatten_rows(q),
         flatten_rows(k),
@@ -75,9 +77,12 @@ def flatten_rows(x: Tensor) -> Tensor:
 
 
 def effective_window(
-    sliding_window: int | None, layout: DocumentLayout, *, longest: int, kernel: Kernel
+    sliding_window: int | None, *, pattern: str, longest: int, kernel: Kernel
 ) -> int | None:
     """The window to hand to the kernel; None where it hides nothing.
+
+    Args:
+        longest: tokens that the pattern attends to as one piece: the longest document, or a row of `full`.
 
     Raises:
         ValueError: the window would hide something and cannot be honoured.
@@ -88,7 +93,7 @@ def effective_window(
         "use --attn_engine flex, or set the model's config.sliding_window to null "
         f"(a document here has {longest} tokens)"
     )
-    if layout.pattern == "anchor":
+    if pattern == "anchor":
         raise ValueError(
             f"the model's sliding_window={sliding_window} would hide the anchor from tokens further "
             f"than that into a document, and the flash engine cannot except it: {remedy}"
@@ -98,5 +103,4 @@ def effective_window(
             f"the kernel {kernel.name} cannot honour the model's sliding_window={sliding_window}: "
             f"{remedy}"
         )
-    assert layout.pattern in PATTERNS
     return sliding_window

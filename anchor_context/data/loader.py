@@ -203,10 +203,11 @@ def collate(prepared: PreparedRows, row_ids: np.ndarray, *, pattern: str) -> dic
     rows = [prepared.row(int(i)) for i in row_ids]
     length = prepared.row_length
     # Pieces and documents count over the whole micro-batch.
-    first_document = np.cumsum([0, *(row.documents.max() + 1 for row in rows)])
+    pieces = [row.pieces() for row in rows]
+    first_document = np.cumsum([0, *(documents.max() + 1 for _, documents in pieces)])
     layout = make_layout(
-        np.concatenate([row.starts + b * length for b, row in enumerate(rows)]),
-        documents=np.concatenate([row.documents + first_document[b] for b, row in enumerate(rows)]),
+        np.concatenate([starts + b * length for b, (starts, _) in enumerate(pieces)]),
+        documents=np.concatenate([ids + first_document[b] for b, (_, ids) in enumerate(pieces)]),
         batch_size=len(rows),
         row_length=length,
         pattern=pattern,

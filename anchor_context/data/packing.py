@@ -261,7 +261,8 @@ def tokenizer_hash(tokenizer) -> str:
             files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
             state = [(path.name, path.read_bytes().hex()) for path in files]
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps([state, special]).encode()).hexdigest()
+    settings = [state, special, tokenizer.split_special_tokens]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _open_given(path: Path, options: Options, tokenizer) -> PreparedRows:
@@ -341,6 +342,8 @@ def lay_rows(
     }
     laid = report["document_tokens"] + report["anchors_added"] + report["pad_tokens"]
     assert laid == writer.rows * length, report
+    read = int(store.lengths[order].sum(dtype=np.int64))
+    assert layer.document_tokens + layer.anchors_merged == read + layer.tag_tokens, report
     with (unfinished / "skipped.jsonl").open("w") as file:
         for entry in store.skipped():
             file.write(json.dumps(entry) + "\n")

@@ -58,6 +58,10 @@ FLAGS = {
 NO_TOKEN = -1
 """The extra token of a row whose last token has no target."""
 
+PAD_PIECE = 128
+"""Padding is attended to as documents of at most so many tokens. As one it would cost a long document's work,
+and count as the longest document of its row."""
+
 BLANK_ROW = -1
 """The id of a row of padding without targets, which fills up the last step of a run."""
 
@@ -103,10 +107,20 @@ class Row:
             labels[start : start + self.untargeted[piece]] = IGNORE_INDEX
         return labels
 
+    def pieces(self) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, documents) of what attention keeps apart: as stored, but padding as short documents."""
+        length = len(self.tokens) - 1
+        cuts = np.arange(length - self.pad_count + PAD_PIECE, length, PAD_PIECE, dtype=np.int32)
+        if not self.pad_count or not len(cuts):
+            return self.starts, self.documents
+        more = np.arange(1, len(cuts) + 1, dtype=np.int32) + self.documents[-1]
+        return np.concatenate([self.starts, cuts]), np.concatenate([self.documents, more])
+
     def document_lengths(self) -> np.ndarray:
-        """(documents,) int64: tokens of each document in the row, padding as the last of them."""
-        lengths = np.diff(self.starts, append=len(self.tokens) - 1)
-        return np.bincount(self.documents, weights=lengths).astype(np.int64)
+        """(documents,) int64: tokens of each document in the row, padding as the last, short ones."""
+        starts, documents = self.pieces()
+        lengths = np.diff(starts, append=len(self.tokens) - 1)
+        return np.bincount(documents, weights=lengths).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,17 @@ class PreparedRows:
         """(rows,) int32: pad tokens in each row."""
         return self._arrays["pad_counts"]
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest piece of a document in a row, its anchor included. Reads all boundaries."""
+        starts, offsets = self._arrays["starts"], self._arrays["piece_offsets"]
+        ends = np.append(starts[1:], 0).astype(np.int64)
+        last = offsets[1:] - 1  # of each row; where a row is padded, the padding
+        ends[last] = self.row_length
+        lengths = ends - starts
+        lengths[last[self.pad_counts > 0]] = 0
+        return int(lengths.max())
+
     @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         """The files, mapped. As plain arrays: NumPy's memmap class makes every slice slow."""
@@ -211,7 +236,7 @@ def blank_row(row_length: int, pad_id: int) -> Row:
 
 def is_prepared(path: Path) -> bool:
     """Whether this is a whole prepared set."""
-    return (path / MANIFEST).is_file()
+    return os.path.isfile(path / MANIFEST)  # False, too, where `path` is a list too long for a path
 
 
 def open_rows(path: Path | str) -> PreparedRows:

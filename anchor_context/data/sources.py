@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def find_inputs(dataset: list[str] | str) -> list[str]:
             set that the hub does not give us.
     """
     names = [dataset] if isinstance(dataset, str) else dataset
-    names = [n for name in names for n in ([name] if Path(name).exists() else name.split(","))]
+    # os.path: a long list is no path, and pathlib would raise.
+    names = [n for name in names for n in ([name] if os.path.exists(name) else name.split(","))]
     found = [file for name in names if name for file in _files_of(name)]
     if not found:
         raise ValueError("--dataset is empty; name at least one file")

@@ -60,7 +60,8 @@ def ring(kernel: Kernel, group: ProcessGroup, account: CommAccount) -> Callable[
         sliding_window: int | None = None,
     ) -> Tensor:
         assert isinstance(layout, ShardedLayout), "a ring takes the layout that shard_batch made"
-        check_window(sliding_window, layout)
+        longest = layout.row_length if layout.pattern == "full" else layout.max_seqlen
+        check_window(sliding_window, longest=longest)
         out = RingAttention.apply(
             flatten_rows(q),
             flatten_rows(k),
@@ -76,9 +77,12 @@ def ring(kernel: Kernel, group: ProcessGroup, account: CommAccount) -> Callable[
     return attend
 
 
-def check_window(sliding_window: int | None, layout: DocumentLayout) -> None:
-    """Raise `ValueError` if a sliding window would hide anything: the ring sends whole documents."""
-    longest = layout.row_length if layout.pattern == "full" else layout.max_seqlen
+def check_window(sliding_window: int | None, *, longest: int) -> None:
+    """Raise `ValueError` if a sliding window would hide anything: the ring sends whole documents.
+
+    Args:
+        longest: tokens of the longest document, or of a row under `full`.
+    """
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(
             f"the model's sliding_window={sliding_window} is shorter than a document of {longest} "

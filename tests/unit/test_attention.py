@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from anchor_context.attention import flash, flex, reference
 from anchor_context.attention.kernels import KERNELS, Spans, choose_kernel
 from anchor_context.attention.patterns import attended_pairs, make_layout, mask_predicate
+from anchor_context.engine import make_engine
 from anchor_context.layout import DocumentLayout
 
 CPU = torch.device("cpu")
@@ -294,6 +295,17 @@ def test_flash_refuses_a_window_that_it_would_drop(pattern):
     with pytest.raises(ValueError, match="sliding_window=5"):
         attend(q, k, v, layout, sliding_window=5)
     assert torch.equal(attend(q, k, v, layout, sliding_window=ROW), attend(q, k, v, layout))
+
+
+def test_an_engine_says_before_the_model_is_loaded_what_it_would_say_of_a_window():
+    def engine(name, **more):
+        return make_engine(name, device=torch.device("cpu"), dtype=torch.float32, **more)
+
+    engine("flash").check_window(200, pattern="anchor", longest=200)
+    engine("flex").check_window(100, pattern="anchor", longest=200)
+    for pattern, says in (("anchor", "hide the anchor"), ("intra_doc", "torch_cpu cannot honour")):
+        with pytest.raises(ValueError, match=says):
+            engine("flash").check_window(100, pattern=pattern, longest=200)
 
 
 # --- The choice of a kernel ------------------------------------------------------------------------

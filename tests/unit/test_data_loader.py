@@ -22,6 +22,7 @@ from anchor_context.data.loader import (
     make_loader,
     stream_origin,
 )
+from anchor_context.data.rows import PAD_PIECE
 from anchor_context.layout import IGNORE_INDEX
 
 SPLITS = [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)]
@@ -185,6 +186,32 @@ def test_a_batch_against_a_plain_loop(prepared):
             assert batch["labels"][b, t] == label
     assert layout.cu_seqlens.tolist() == [*boundaries, 3 * 64]
     assert (batch["input_ids"].flatten()[layout.cu_seqlens[:-1].long()] == BOS).sum() > 5
+
+
+@pytest.mark.parametrize("placement", ["per_document", "none"])
+def test_padding_is_no_long_document(tmp_path, placement):
+    """It costs little attention, and a sliding window as long as the documents hides nothing."""
+    data = write_texts(tmp_path / "d.jsonl", ["a" * 150, "b" * 199, "c" * 170])
+    rows = prepare(data, tmp_path, anchor_placement=placement, row_length=1000)
+    longest = 200 + (placement == "per_document")
+    assert rows.longest_document == longest and rows.row(0).pad_count > 2 * PAD_PIECE
+    pattern = "anchor" if placement == "per_document" else "intra_doc"
+    batch = next(iter(batches(rows, batch_size=3, pattern=pattern, total_rows=1)))
+    layout = batch["layout"]
+    assert layout.max_seqlen == longest
+    lengths = np.diff(layout.cu_seqlens)
+    assert lengths.sum() == 3000 and (lengths[3:] <= PAD_PIECE).all()
+    real = lengths[: (lengths.cumsum() <= 1000).sum()].astype(int)
+    assert batch["step_pairs"] == (real * (real + 1) // 2).sum()
+
+
+def test_the_longest_document_is_found_among_rows_with_and_without_padding(prepared):
+    expected = 0
+    for i in range(len(prepared)):
+        row = prepared.row(i)
+        lengths = np.diff(row.starts, append=64)
+        expected = max(expected, *(lengths[:-1] if row.pad_count else lengths))
+    assert prepared.longest_document == expected
 
 
 @pytest.mark.parametrize("pattern", [name for name in PATTERNS if name != "anchor"])

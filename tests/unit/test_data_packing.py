@@ -346,14 +346,17 @@ def test_options_that_cannot_be(tmp_path, option, value, says):
 
 
 def test_whatever_shapes_the_rows_is_in_the_fingerprint(tmp_path):
-    data = write_texts(tmp_path / "d.jsonl", ["hello there", "b" * 90])
+    data = write_texts(tmp_path / "d.jsonl", ["hello there", "b" * 90, "a</s>b"])
     first = prepare(data, tmp_path)
     assert prepare(data, tmp_path).directory == first.directory
+    splitting = byte_tokenizer()
+    splitting.split_special_tokens = True
     changed = [
         {"row_length": 32},
         {"anchor_placement": "shared"},
         {"tokenizer": byte_tokenizer(words=("hello",))},
         {"tokenizer": byte_tokenizer(bos=False)},
+        {"tokenizer": splitting},
         {"vocab_size": 999},
         {"strategy": "best_fit"},
         {"interleave_chunks": True},

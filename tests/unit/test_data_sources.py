@@ -79,6 +79,8 @@ def test_many_files_and_globs_in_order(tmp_path):
     with_commas = f"{tmp_path / 'c.jsonl'},{tmp_path / 'b*.jsonl'}"
     row = prepare(with_commas, tmp_path / "c", row_length=16).row(0)
     assert BYTES.decode(row.tokens[:6], skip_special_tokens=True) == "32"
+    long = ",".join([str(tmp_path / "a.jsonl")] * 200)  # longer than a path may be
+    assert prepare(long, tmp_path / "c", row_length=16).report["documents"] == 200
     listed = prepare([tmp_path / "c.jsonl", tmp_path / "a.jsonl"], tmp_path / "c", row_length=16)
     assert BYTES.decode(listed.row(0).tokens[:6], skip_special_tokens=True) == "31"
 
