@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Every benchmark and the GPU tests on this machine's (first) CUDA device, inside nine minutes; writes
-# benchmarks/results/<gpu>.json and the table in benchmarks/results/README.md.
+# The benchmarks of one device and the GPU tests on this machine's (first) CUDA device; writes
+# benchmarks/results/<gpu>.json and the table in benchmarks/results/README.md. sequence_parallel.py is not
+# among them: one GPU is one rank, and what it counts needs none.
 #
 #     bash benchmarks/gpu.sh              # PYTHON=… names another interpreter than .venv's or the path's
 #
-# Each part has its own limit; one that fails or runs out leaves its place in the results empty, and says so.
+# Each part has its own limit, nine minutes together; one that fails or runs out leaves its place in the
+# results empty, and says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,7 +29,7 @@ part() { # name, seconds, command: the last line that it prints (not what it war
     local name="$1" limit="$2"
     shift 2
     echo "== $name (at most $limit s)"
-    if timeout "$limit" "$@" >"$found/$name.log" 2>"$found/$name.err"; then
+    if timeout --kill-after 3 "$limit" "$@" >"$found/$name.log" 2>"$found/$name.err"; then
         tail -n 1 "$found/$name.log" >"$found/$name.json"
         head -n -1 "$found/$name.log"
     else
@@ -37,7 +39,7 @@ part() { # name, seconds, command: the last line that it prints (not what it war
 }
 
 echo "== tests/gpu (at most 110 s)"
-timeout 110 "$PYTHON" -m pytest -q tests/gpu 2>"$found/tests.err" | tee "$found/tests.log" | tail -n 5 || true
+timeout --kill-after 3 110 "$PYTHON" -m pytest -q tests/gpu 2>"$found/tests.err" | tee "$found/tests.log" | tail -n 5 || true
 
 part attention 70 "$PYTHON" benchmarks/attention.py
 part train_step 150 "$PYTHON" benchmarks/train_step.py --repeats 2

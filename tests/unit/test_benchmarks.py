@@ -1,55 +1,71 @@
-"""The benchmarks' way to the GPU table: `gpu.sh` runs the parts, `collect.py` keeps what they measured."""
+"""Each benchmark as a command, at its tiniest: it ends in the JSON line that programs read.
+
+Nothing timed is asserted. `paper.py` has a module of its own.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RESULT = '{"benchmark": "NAME", "hardware": "Some GPU, 80 GB", "results": []}'
-PYTHON = f"""#!/usr/bin/env bash
-case "$*" in
--c*) ;;
-*pytest*) echo "2 passed in 1 s"; echo "a late note" >&2 ;;
-*collect.py*) cp -r "$2" "$KEPT" ;;
-*/attention.py*) echo a table; echo '{RESULT.replace("NAME", "attention")}'; echo "a late warning" >&2 ;;
-*/memory.py*) echo a table; exit 1 ;;
-*/packing.py*) echo "no JSON" ;;
-*) echo '{RESULT.replace("NAME", "train_step")}' ;;
-esac
-"""
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+LINE = {"benchmark", "hardware", "versions", "command", "ceiling", "results"}
+RING = (
+    "layout ranks row_length median sigma imbalance sent_bytes plain_ring_bytes minimum_bytes "
+    "plan_s step_s"
+)
+ATTENTION = "engine kernel pattern row_length documents mask_share forward_s backward_s peak_bytes"
+
+STEP = "variant row_length step_s tokens_per_second peak_bytes"
 
 
-@pytest.fixture
-def kept(tmp_path) -> Path:
-    """What `gpu.sh` hands to `collect.py` where a part warns late, one fails, one prints no result."""
-    python = tmp_path / "python"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
-    run = subprocess.run(
-        ["bash", "benchmarks/gpu.sh"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": str(python), "KEPT": str(tmp_path / "kept")},
+def run(command: str, folder: Path) -> dict:
+    """The last line of what a benchmark prints."""
+    script, *flags = command.split()
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *flags],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=60,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "memory did not finish" in run.stdout
-    return tmp_path / "kept"
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    assert len(table) > 1, "no table for people"
+    return json.loads(last)
 
 
-def test_a_bad_part_is_left_out_and_the_others_are_kept(kept, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import collect
-
-    monkeypatch.setattr(collect, "RESULTS", tmp_path)
-    collect.save(kept)
-    record = json.loads((tmp_path / "some-gpu.json").read_text())
-    assert {line["benchmark"] for line in record["benchmarks"]} == {"attention", "train_step"}
-    assert record["tests"] == "2 passed in 1 s"
-    assert "packing is left out" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        ("sequence_parallel.py --rows 1 --steps 0", RING),
+        ("packing.py --megabytes 1 --row_length 1024", "stage tokens_per_second tokens_kept"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("sequence_parallel.py --rows 1 --steps 1 --step_row_length 256", RING),
+                ("attention.py --row_lengths 256 --repeats 1", ATTENTION),
+                ("train_step.py --row_length 256 --repeats 1", STEP),
+                (
+                    "memory.py --variants anchor --at_most_seconds 0",
+                    "variant row_length peak_bytes",
+                ),
+            )
+        ),
+    ],
+)
+def test_the_last_line_is_json_with_the_agreed_keys(tmp_path, command, keys):
+    line = run(command, tmp_path)
+    assert line.keys() >= LINE
+    assert line["benchmark"] == command.split(".py")[0] and line["command"].endswith(command)
+    assert line["results"]
+    for result in line["results"]:
+        assert result.keys() >= set(keys.split())
+    if line["benchmark"] == "memory":
+        assert line["exponent"]["anchor"] > 0
+    assert not list(tmp_path.iterdir()), "a benchmark leaves files where it is started"
