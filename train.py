@@ -836,8 +836,9 @@ def describe_run(
 ) -> None:
     """Print what the run is going to do, in derived numbers."""
     data = prepared.report
+    precision = {"no": "float32", "bf16": "bfloat16"}[flags.mixed_precision]
     lines = [
-        f"model    {flags.model_name_or_path}: {parameters:,} parameters, {flags.mixed_precision} precision",
+        f"model    {flags.model_name_or_path}: {parameters:,} parameters, {precision}",
         f"engine   {engine}",
         f"memory   {memory}",
         f"pattern  {flags.attention_pattern}, anchors {prepared.anchor_placement}",
