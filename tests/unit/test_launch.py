@@ -1,10 +1,21 @@
-"""The launcher's exit code tells a scheduler what to do. (Whole runs: tests/end_to_end/test_signals.py.)"""
+"""What starts a run: launch configs, and a launcher whose exit code tells a scheduler what to do.
+
+(Whole runs: tests/end_to_end/test_signals.py.)
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers.integrations import HfDeepSpeedConfig
 
 from anchor_context.launch import exit_code
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -22,3 +33,25 @@ from anchor_context.launch import exit_code
 )
 def test_a_ranks_code_becomes_the_launchers(first_failure, asked, code):
     assert exit_code(first_failure, asked) == code
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_launch_config_parses_and_names_a_deepspeed_file(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == "DEEPSPEED"
+    deepspeed = config.deepspeed_config
+    assert deepspeed["zero3_init_flag"], "every rank would load the whole model"
+    settings = json.loads((ROOT / deepspeed["deepspeed_config_file"]).read_text())
+    assert HfDeepSpeedConfig(settings).is_zero3()
+    assert config.num_processes % config.num_machines == 0
+
+
+def test_there_is_a_launch_config_for_every_kind_of_machine():
+    processes = {path.stem: load_config_from_file(str(path)).num_processes for path in CONFIGS}
+    assert processes == {
+        "cpu": 2,
+        "single_gpu": 1,
+        "single_node_4gpu": 4,
+        "single_node": 8,
+        "two_node": 16,
+    }
