@@ -85,8 +85,9 @@ class PreemptionGuard:
         # collective runs none. The wake-up descriptor is written at once, so a thread reads it.
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._previous = {s: signal.signal(s, lambda *_: None) for s in self.SIGNALS}
+        # First the descriptor: a signal that comes in between must not be lost.
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._previous = {s: signal.signal(s, lambda *_: None) for s in self.SIGNALS}
         # A data worker is forked from here; its signals are not ours.
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         self._thread = threading.Thread(target=self._watch, name="preemption", daemon=True)

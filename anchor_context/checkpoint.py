@@ -32,6 +32,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +192,9 @@ class _RankFiles(TorchCheckpointEngine):
 
     def create(self, info: object) -> None:
         pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """`_prepare` made the folders. DeepSpeed would make them on one rank, while the others wait."""
 
     def save(self, state_dict: object, path: str | Path) -> None:
         if self.error is not None:
@@ -367,8 +371,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
             )
         _restore_random_states(rank_state["random"])
     else:
-        converted = path.parent / f"{UNFINISHED}universal-{path.name}"
-        on_one_rank(accelerator, partial(_convert, path, converted))
+        converted = on_one_rank(accelerator, partial(_convert, path))
         with _weights_only(), _universal(engine):
             _load_engine(engine, converted)
             rank_state = torch.load(path / "rank_0.pt", weights_only=True)
@@ -397,10 +400,12 @@ def _mend_universal(engine: DeepSpeedEngine, settings: list[dict]) -> None:
             state["step"] = state["step"].clone()
 
 
-def _convert(path: Path, converted: Path) -> None:
-    """Make a universal checkpoint of `path` in `converted`, in a process of its own."""
-    shutil.rmtree(converted, ignore_errors=True)
-    converted.mkdir()
+def _convert(path: Path) -> Path:
+    """Make a universal checkpoint of `path` in a new folder beside it, in a process of its own.
+
+    New each time: such a process outlives a run that is killed, and would go on writing into the next one's.
+    """
+    converted = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}universal-", dir=path.parent))
     repository = str(Path(__file__).parents[1])
     run = subprocess.run(
         [
@@ -421,6 +426,7 @@ def _convert(path: Path, converted: Path) -> None:
         raise RuntimeError(
             f"{path} could not be converted for this number of ranks:\n" + "\n".join(lines)
         )
+    return converted
 
 
 def _convert_main(source: str, target: str) -> None:

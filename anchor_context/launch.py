@@ -65,9 +65,9 @@ def exit_code(first_failure: int, asked: list[int]) -> int:
 
     A rank that is asked to stop before its first step has nothing to save and dies of the signal.
     """
-    if first_failure < 0:
-        return EXIT_TRY_AGAIN if -first_failure in asked else 128 - first_failure
-    return first_failure
+    if asked and -first_failure in PreemptionGuard.SIGNALS:
+        return EXIT_TRY_AGAIN
+    return 128 - first_failure if first_failure < 0 else first_failure
 
 
 if __name__ == "__main__":

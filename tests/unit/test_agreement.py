@@ -63,6 +63,7 @@ def agree(rank: int, folder: Path, accelerator) -> None:
     assert (caught.value.errno, caught.value.filename) == (2, "/somewhere")
     assert on_one_rank(accelerator, lambda: None) is None
 
+    signalled_at_the_door(rank)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with PreemptionGuard() as guard:
         assert not guard.requested()
@@ -88,6 +89,27 @@ def agree(rank: int, folder: Path, accelerator) -> None:
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
     (folder / f"done{rank}").touch()
+
+
+def signalled_at_the_door(rank: int) -> None:
+    """Rank 1 is signalled as soon as the signal no longer ends it; all ranks learn of it."""
+    install = signal.signal
+
+    def install_and_be_signalled(number, handler):
+        previous = install(number, handler)
+        if rank == 1 and number == signal.SIGTERM and callable(handler):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return previous
+
+    signal.signal = install_and_be_signalled
+    try:
+        with PreemptionGuard() as guard:
+            for _ in range(100):
+                if guard.received is None and rank == 1:
+                    threading.Event().wait(0.05)
+            assert guard.requested()
+    finally:
+        signal.signal = install
 
 
 def blocked(rank: int, folder: Path, accelerator) -> None:

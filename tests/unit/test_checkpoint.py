@@ -10,6 +10,7 @@ import resource
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,11 @@ def undisturbed(accelerator, run: TinyRun, folder: Path) -> dict:
     if accelerator.is_main_process:
         (folder / "file").write_text("in the way")
     assert save(folder / "file", steps=4, rows=16, keep=1) is None
+    # It goes away between its making and DeepSpeed's first look at it, which is one rank's.
+    prepare = checkpoint._prepare
+    checkpoint._prepare = partial(make_and_lose, prepare)
+    assert save(folder / "lost", steps=4, rows=16, keep=1) is None
+    checkpoint._prepare = prepare
     accelerator.wait_for_everyone()
     assert [path.name for path in checkpoints.iterdir()] == [saved.name]
 
@@ -164,10 +170,18 @@ def undisturbed(accelerator, run: TinyRun, folder: Path) -> dict:
         "checkpoint_10_40",
         "checkpoint_11_44",
     }
+    accelerator.wait_for_everyone()  # else the main rank makes the next one while the others look
     save(folder / "many", steps=1, rows=4, keep=1)
     accelerator.wait_for_everyone()
     assert [p.name for p in (folder / "many/checkpoints").iterdir()] == ["checkpoint_1_4"]
     return {"losses": losses, "weights": weights, "draws": draws}
+
+
+def make_and_lose(prepare, folder: Path, unfinished: Path, final: Path) -> bool:
+    prepare(folder, unfinished, final)
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    return False
 
 
 def resumed(accelerator, run: TinyRun, folder: Path) -> dict:
@@ -271,8 +285,17 @@ def test_a_conversion_runs_no_foreign_code(two_ranks, tmp_path):
     hostile, ran = tmp_path / "hostile", tmp_path / "ran"
     make_hostile(two_ranks[0] / "checkpoints/checkpoint_3_12", hostile, ran)
     with pytest.raises(RuntimeError, match=r"(?s)could not be converted.*posix\.mkdir"):
-        checkpoint._convert(hostile, tmp_path / "converted")
-    assert not ran.exists() and not (tmp_path / "converted").exists()
+        checkpoint._convert(hostile)
+    assert not ran.exists() and not list(tmp_path.glob(f"{checkpoint.UNFINISHED}*"))
+
+
+def test_a_conversion_that_outlives_its_run_has_its_folder_for_itself(monkeypatch, tmp_path):
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(checkpoint.subprocess, "run", lambda *_, **__: done)
+    first, second = (checkpoint._convert(tmp_path / "checkpoint_1_4") for _ in range(2))
+    assert first != second
+    for folder in (first, second):
+        assert folder.is_dir() and folder.name.startswith(checkpoint.UNFINISHED)
 
 
 def test_the_hostile_file_is_hostile(two_ranks, tmp_path):

@@ -24,6 +24,7 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
         (75, [15], 75),  # saved, after a signal to all
         (75, [], 75),  # the ranks alone were signalled
         (-15, [15], 75),  # asked before the first step: nothing to save
+        (-2, [15], 75),  # a scheduler's SIGINT to the rank itself came first
         (-15, [], 143),  # somebody else's signal
         (143, [15, 15], 143),  # a second one, in the middle of a step
         (-9, [15], 137),  # out of memory, or of patience
