@@ -136,7 +136,7 @@ def on_paper(row_length: int, ranks: int, median, sigma, flags) -> list[dict]:
 def make_rows(row_length: int, median, sigma, *, rows: int, seed: int) -> list[np.ndarray]:
     """Boundaries of packed rows of log-normal documents (at least 32 tokens); a cut one goes on."""
     if median is None:
-        return [np.array([0, row_length])]
+        return [np.array([0, row_length])] * rows
     rng = np.random.default_rng(seed)
     total, ends = rows * row_length, [0]
     while ends[-1] < total:

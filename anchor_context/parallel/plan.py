@@ -233,7 +233,9 @@ def _swap(row: BlockRow, follows: np.ndarray, owner: np.ndarray, *, ranks: int) 
     index = np.arange(blocks)
     limit = BALANCE * row.work.sum() / ranks
     tail = row.tail.astype(np.float64)
+    gives = row.work[:, None] - row.work
     load = np.bincount(owner, row.work, minlength=ranks)
+    weight = 1e9 / limit  # balance first
     best, best_owner = (np.inf, np.inf), owner.copy()
 
     for swap in range(MOST_SWAPS + 1):
@@ -251,16 +253,13 @@ def _swap(row: BlockRow, follows: np.ndarray, owner: np.ndarray, *, ranks: int) 
         only = (((asking == 1) & ~mine) * tail) @ follows.T  # of its own rank: asked for by b alone
         at[owner, index] = only[owner, index]
         at += tail * (asks.sum(0) - asks)
-        here = at[owner, index]
-        there = at[owner]  # there[i, b]: b on the rank of block i
-        change = there + there.T - here - here[:, None]
-        gives = row.work[:, None] - row.work
-        loads, excesses = load[owner], excess[owner]
-        excess_after = np.maximum(loads[:, None] - gives - limit, 0) + np.maximum(
-            loads + gives - limit, 0
-        )
-        change += (1e9 / limit) * (excess_after - excesses[:, None] - excesses)
-        change[owner[:, None] == owner] = 0
+        here = at[owner, index] + weight * excess[owner]
+        # half[i, b]: what it changes that b comes to the rank of block i, whose load is then less i's
+        # work and more b's. Two blocks of one rank never gain: the excess is convex.
+        half = np.maximum((load[owner] - limit)[:, None] - gives, 0)
+        half *= weight
+        half += at[owner] - here
+        change = half + half.T
         i, j = divmod(int(change.argmin()), blocks)
         if change[i, j] > -1e-6:
             break

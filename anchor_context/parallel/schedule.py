@@ -18,7 +18,7 @@ shared keys once per run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
@@ -200,29 +200,29 @@ def _rectangles(
     run, blocks = run[lows], blocks[lows]
 
     step = step_of[blocks]
-    sizes = np.bincount(step, minlength=ranks)
-    sides = []
-    for starts, lengths in (
-        (ends[first[run]] - row.block, heads[run]),
-        (ends[blocks] - row.tail[blocks], key_lengths),
-    ):
-        tokens = _split(_ranges(starts, lengths), _sums(step, lengths, ranks))
-        sides.append((tokens, np.split(lengths, np.cumsum(sizes)[:-1])))
-    (queries, query_lengths), (keys, key_lengths) = sides
+    queries = _by_step(ends[first[run]] - row.block, heads[run], step, ranks)
+    keys = _by_step(ends[blocks] - row.tail[blocks], key_lengths, step, ranks)
     return [
-        Rectangles(q, k, _spans(q_lengths, k_lengths)) if len(q_lengths) else None
-        for q, k, q_lengths, k_lengths in zip(
-            queries, keys, query_lengths, key_lengths, strict=True
-        )
+        Rectangles(q, k, Spans(cu_q, cu_k, max_q, max_k)) if len(q) else None
+        for (q, cu_q, max_q), (k, cu_k, max_k) in zip(queries, keys, strict=True)
     ]
 
 
-def _spans(q_lengths: np.ndarray, k_lengths: np.ndarray) -> Spans:
-    q_edges, k_edges = (
-        torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-        for lengths in (q_lengths, k_lengths)
+def _by_step(
+    starts: np.ndarray, lengths: np.ndarray, step: np.ndarray, ranks: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(tokens, cu_seqlens, longest) of every step's ranges; `step` says, in order, whose a range is."""
+    counts, tokens = np.bincount(step, minlength=ranks), _sums(step, lengths, ranks)
+    edges = np.cumsum(np.insert(lengths, np.cumsum(counts) - counts, 0))  # a 0 before each step's
+    edges -= np.repeat(np.cumsum(tokens) - tokens, counts + 1)
+    longest = np.zeros(ranks, dtype=np.int64)
+    np.maximum.at(longest, step, lengths)
+    return zip(
+        _split(_ranges(starts, lengths), tokens),
+        _split(edges.astype(np.int32), counts + 1),
+        longest.tolist(),
+        strict=True,
     )
-    return Spans(q_edges, k_edges, int(q_lengths.max()), int(k_lengths.max()))
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
