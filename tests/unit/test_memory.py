@@ -197,7 +197,9 @@ def stand_in_for_liger(monkeypatch):
 
     def apply(model, *, rope=True, **kernels):
         asked.update(kernels, rope=rope)
-        modeling_llama.LlamaRMSNorm = modeling_llama.LlamaMLP = None  # Liger's own classes there
+        modeling = sys.modules[type(model).__module__]
+        for name in [n for n in vars(modeling) if n.endswith(("RMSNorm", "MLP"))]:
+            setattr(modeling, name, None)  # Liger's own classes
         for layer in model.model.layers:
             layer.mlp.forward = lambda x, mlp=layer.mlp: type(mlp).forward(mlp, x)
 
