@@ -85,6 +85,10 @@ def test_a_step_moves_the_masters_and_rounds_them_into_the_model(paper, size, da
     (variant,) = [v for v in variants if (v.pattern, v.precision) == ("anchor", "bf16")]
     paper.train([variant], data.long, tokens=size.step_tokens, seed=0)
     assert len(variant.losses) == len(variant.seconds) == size.long_steps
+    (last,) = variant.optimizer.param_groups
+    assert last["lr"] == pytest.approx(size.long_rate * 5 / 6), (
+        "half a step before the end of three"
+    )
     for (name, weight), master in zip(
         variant.model.named_parameters(), variant.masters, strict=True
     ):
