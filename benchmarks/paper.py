@@ -3,7 +3,8 @@
     python benchmarks/paper.py                        # CPU: within ten minutes on two quiet cores
     python benchmarks/paper.py --size gpu --seeds 0 1 # one GPU
 
-Per seed, a small LLaMA is trained from random weights on short rows (float32, `full`). From these weights
+Per seed, a small LLaMA is trained from random weights on short rows, in float32, every document as if it
+stood alone (`intra_doc_reset`), which is how all are evaluated and favours no packing. From these weights
 every variant goes on with long rows, a RoPE base raised by the same factor, its own mask and positions,
 and the same AdamW:
 
@@ -20,11 +21,13 @@ behind a BOS, on prompts and held-out files that are the same for all (`paper_da
 text, and that a share of it asks for numbers that it hid).
 
 Reported, as mean and sample standard deviation over seeds: by length, how many hidden numbers are found
-(`needle`, `passkey`: all digits, greedily) and how many nats the number costs (`*_nats`: 0 is certainty;
-guessing is in the `ceiling`); perplexity by position; the median of all steps' seconds. And, as the paper's
-direct sign of what bfloat16 does to RoPE, `reset_gap`: how far the training losses of `intra_doc` and
-`intra_doc_reset` lie apart (mean over steps, nats). They are one computation in exact arithmetic. What is
-found is reported, whatever the order of the patterns.
+(`needle`: all digits, greedily) and how many nats the number costs (`needle_nats`: 0 is certainty;
+guessing is in the `ceiling`); perplexity by position; the median of all steps' seconds, with the engine
+that took them (the flash kernels of CUDA take no float32, so there the float32 variants run `flex`, and
+their seconds differ by more than the precision). And, as the paper's direct sign of what bfloat16 does to
+RoPE, `reset_gap`: how far the training losses of `intra_doc` and `intra_doc_reset` lie apart (mean over
+steps, nats). They are one computation in exact arithmetic. What is found is reported, whatever the order of
+the patterns.
 """
 
 from __future__ import annotations
@@ -34,14 +37,14 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import hardware, mask_share, matmul_rate, print_json, print_table, seconds  # isort: skip
 import torch
 from matplotlib.figure import Figure
-from paper_data import Data, DataSize, make_data
+from paper_data import TASK, Data, DataSize, make_data
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -51,7 +54,7 @@ from anchor_context.data.packing import find_anchor_id
 from anchor_context.data.rows import PreparedRows
 from anchor_context.engine import make_engine
 from anchor_context.evaluation.perplexity import perplexity_rows, token_losses
-from anchor_context.evaluation.prompts import TASKS, Prompt
+from anchor_context.evaluation.prompts import Prompt
 from anchor_context.evaluation.retrieval import answer_prompts, greedy
 from anchor_context.loss import CausalLMWithLoss
 from anchor_context.models import set_attention
@@ -59,13 +62,16 @@ from anchor_context.packed import layout_of_starts
 from anchor_context.rope.scaling import apply_rope_settings
 
 PATTERNS = ("full", "intra_doc", "intra_doc_reset", "anchor")
+MEASURES = ("needle", "needle_nats", "perplexity")
 PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}
 THETA = 10_000.0
+GUESSING_NATS = math.log(9 * 10 ** (TASK.digits - 1))
+"""The cost of a number of which only the digits' count is known."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model, its data and how long it trains. Learning rates are constant after a tenth of warm-up."""
+    """A model, its data and how long it trains. Rates rise for a tenth of it, fall in its last fifth."""
 
     data: DataSize
     hidden: int
@@ -87,18 +93,18 @@ SIZES = {
             characters=1_500_000,
             median_document=150,
             questions_share=0.6,
-            vocabulary=1024,
+            vocabulary=512,
             depths=(10.0, 30.0, 50.0, 70.0, 90.0),
-            trials=4,
+            trials=8,
             held_out_documents=16,
         ),
         hidden=64,
         layers=2,
-        heads=4,
-        step_tokens=2048,
-        short_steps=1000,
-        long_steps=40,
-        short_rate=4e-3,
+        heads=2,
+        step_tokens=1024,
+        short_steps=1400,
+        long_steps=100,
+        short_rate=6e-3,
         long_rate=1e-3,
         prompts_at_a_time=20,
     ),
@@ -108,21 +114,21 @@ SIZES = {
             long=8192,
             characters=20_000_000,
             median_document=600,
-            questions_share=0.3,
-            vocabulary=8192,
-            depths=(0.0, 12.5, 25.0, 37.5, 50.0, 62.5, 75.0, 87.5, 100.0),
-            trials=6,
-            held_out_documents=64,
+            questions_share=0.6,
+            vocabulary=2048,
+            depths=(10.0, 30.0, 50.0, 70.0, 90.0),
+            trials=8,
+            held_out_documents=32,
         ),
-        hidden=512,
-        layers=8,
-        heads=8,
-        step_tokens=65_536,
-        short_steps=300,
+        hidden=256,
+        layers=4,
+        heads=4,
+        step_tokens=32_768,
+        short_steps=400,
         long_steps=40,
-        short_rate=1e-3,
-        long_rate=3e-4,
-        prompts_at_a_time=9,
+        short_rate=2e-3,
+        long_rate=5e-4,
+        prompts_at_a_time=20,
     ),
 }
 
@@ -132,9 +138,9 @@ def main() -> None:
     on_cuda = torch.cuda.is_available()
     parser.add_argument("--size", choices=SIZES, default="gpu" if on_cuda else "cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--plot", type=Path, help="PNG; default: benchmarks/results/paper-SIZE.png")
+    parser.add_argument("--plot", type=Path, help="PNG; default: benchmarks/results/paper_SIZE.png")
     flags = parser.parse_args()
-    plot = flags.plot or Path(__file__).parent / "results" / f"paper-{flags.size}.png"
+    plot = flags.plot or Path(__file__).parent / "results" / f"paper_{flags.size}.png"
     device, size = torch.device("cuda" if on_cuda else "cpu"), SIZES[flags.size]
     transformers_logging.set_verbosity_error()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the loader's workers are warned about
@@ -150,14 +156,16 @@ def main() -> None:
     results = aggregate(found)
     show(results, size)
     plot.parent.mkdir(parents=True, exist_ok=True)
-    picture(results, size, title=hardware(device)).savefig(plot, dpi=120)
+    picture(results, size, title=f"{len(flags.seeds)} seeds, {hardware(device)}").savefig(
+        plot, dpi=120
+    )
     print(f"-> {plot}")
     ceiling = {
         "matmul_flops_per_second": {
             name: matmul_rate(device, dtype) for name, dtype in PRECISIONS.items()
         },
         "anchor_mask_share": share,
-        "guessing_nats": {name: guessing_nats(task.digits) for name, task in TASKS.items()},
+        "guessing_nats": GUESSING_NATS,
     }
     print_json("paper", device=device, ceiling=ceiling, results=results, seeds=flags.seeds)
 
@@ -177,15 +185,10 @@ class Variant:
         *,
         device: torch.device,
         rate: float,
-        warmup: int,
+        steps: int,
     ):
         """`start`: float32 weights, or None for random ones from torch's generator."""
-        self.pattern, self.precision, self.rate, self.warmup = (
-            pattern,
-            precision,
-            rate,
-            max(1, warmup),
-        )
+        self.pattern, self.precision, self.rate, self.steps = pattern, precision, rate, steps
         dtype = PRECISIONS[precision]
         # Built in its type, not cast: a cast would round RoPE's frequencies too.
         self.model = LlamaForCausalLM._from_config(config, dtype=dtype).to(device).train()
@@ -193,9 +196,10 @@ class Variant:
             self.model.load_state_dict(start)
         assert self.model.model.rotary_emb.inv_freq.dtype == torch.float32
         # The flash kernels of CUDA take no float32.
-        engine = "flex" if device.type == "cuda" and dtype == torch.float32 else "flash"
-        set_attention(self.model, make_engine(engine, device=device, dtype=dtype).attend)
-        self.attention = self.model.config._attn_implementation
+        name = "flex" if device.type == "cuda" and dtype == torch.float32 else "flash"
+        engine = make_engine(name, device=device, dtype=dtype)
+        set_attention(self.model, engine.attend)
+        self.engine = f"{engine.name}, {engine.kernel}"
         self.loss = CausalLMWithLoss(self.model, fused=False)
         self.weights = list(self.model.parameters())
         # The unrounded start, not the model's rounded copy of it.
@@ -220,8 +224,8 @@ class Variant:
         for master, weight in zip(self.masters, self.weights, strict=True):
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        done = len(self.losses) + 1
-        self.optimizer.param_groups[0]["lr"] = self.rate * min(1.0, done / self.warmup)
+        done = (len(self.losses) + 0.5) / self.steps
+        self.optimizer.param_groups[0]["lr"] = self.rate * min(done / 0.1, 1.0, (1 - done) / 0.2)
         self.optimizer.step()
         with torch.no_grad():
             for master, weight in zip(self.masters, self.weights, strict=True):
@@ -251,8 +255,8 @@ def inputs_of(batch: dict, pattern: str, device: torch.device) -> dict:
     }
 
 
-def train(variants: list[Variant], rows: PreparedRows, *, steps: int, tokens: int, seed: int):
-    """Every variant takes every step, one after the other."""
+def train(variants: list[Variant], rows: PreparedRows, *, tokens: int, seed: int) -> None:
+    """Every variant takes all its steps, one after the other."""
     loader = make_loader(
         rows,
         pattern="anchor",
@@ -262,7 +266,7 @@ def train(variants: list[Variant], rows: PreparedRows, *, steps: int, tokens: in
         data_rank=0,
         data_degree=1,
     )
-    for step, batch in zip(range(steps), loader, strict=False):
+    for step, batch in zip(range(variants[0].steps), loader, strict=False):
         first = step % len(variants)  # nobody always follows the same one
         for variant in variants[first:] + variants[:first]:
             variant.step(batch)
@@ -273,25 +277,26 @@ def run_seed(seed: int, data: Data, size: Size, device: torch.device) -> dict[tu
     torch.manual_seed(seed)
     config = model_config(size, data.tokenizer)
     first = Variant(
-        "full",
+        "intra_doc_reset",
         "float32",
         config,
         None,
         device=device,
         rate=size.short_rate,
-        warmup=size.short_steps // 10,
+        steps=size.short_steps,
     )
-    train([first], data.short, steps=size.short_steps, tokens=size.step_tokens, seed=seed)
+    train([first], data.short, tokens=size.step_tokens, seed=seed)
     start = {name: weight.detach().clone() for name, weight in first.model.state_dict().items()}
     print(f"seed {seed}: short rows done, loss {first.losses[-1]:.3f}", flush=True)
 
     variants = extended(config, start, size, device)
-    train(variants, data.long, steps=size.long_steps, tokens=size.step_tokens, seed=seed)
+    train(variants, data.long, tokens=size.step_tokens, seed=seed)
     found = {("start", "float32"): evaluate(first.evaluated(), data, size)}
     for variant in variants:
         measured = evaluate(variant.evaluated(), data, size)
         # The first steps warm up kernels and allocators.
-        measured |= {"losses": variant.losses, "seconds": variant.seconds[2:] or variant.seconds}
+        measured["seconds"] = variant.seconds[2:] or variant.seconds
+        measured |= {"losses": variant.losses, "engine": variant.engine}
         found[variant.pattern, variant.precision] = measured
         nats = measured["needle_nats"][size.data.long]
         print(
@@ -335,7 +340,7 @@ def extended(
             start,
             device=device,
             rate=size.long_rate,
-            warmup=size.long_steps // 10,
+            steps=size.long_steps,
         )
         for precision in PRECISIONS
         for pattern in PATTERNS
@@ -347,26 +352,23 @@ def extended(
 
 def evaluate(model: LlamaForCausalLM, data: Data, size: Size) -> dict[str, dict]:
     """{measure: {length or positions: value}}."""
-    found: dict[str, dict] = {}
-    for task, prompts in data.prompts.items():
-        answers = answer_prompts(
-            greedy(model, pad_id=find_anchor_id(data.tokenizer)),
-            prompts,
-            data.tokenizer,
-            batch_size=size.prompts_at_a_time,
-        )
-        nats = answer_nats(model, prompts, data.tokenizer)
-        found[task] = mean_by((a.length, float(a.correct)) for a in answers)
-        found[f"{task}_nats"] = mean_by(
-            zip((prompt.length for prompt in prompts), nats, strict=True)
-        )
+    answers = answer_prompts(
+        greedy(model, pad_id=find_anchor_id(data.tokenizer)),
+        data.prompts,
+        data.tokenizer,
+        batch_size=size.prompts_at_a_time,
+    )
+    nats = answer_nats(model, data.prompts, data.tokenizer)
     losses = [token_losses(model, document) for document in data.held_out]
-    found["perplexity"] = {
-        f"{row['first']}-{row['last']}": row["perplexity"]
-        for row in perplexity_rows(losses, [size.data.long])
-        if row["kind"] == "position"
+    return {
+        "needle": mean_by((a.length, float(a.correct)) for a in answers),
+        "needle_nats": mean_by(zip((p.length for p in data.prompts), nats, strict=True)),
+        "perplexity": {
+            f"{row['first']}-{row['last']}": row["perplexity"]
+            for row in perplexity_rows(losses, [size.data.long])
+            if row["kind"] == "position"
+        },
     }
-    return found
 
 
 def answer_nats(model: LlamaForCausalLM, prompts: list[Prompt], tokenizer) -> list[float]:
@@ -379,12 +381,7 @@ def answer_nats(model: LlamaForCausalLM, prompts: list[Prompt], tokenizer) -> li
     return nats
 
 
-def guessing_nats(digits: int) -> float:
-    """The cost of a number of which only the digits' count is known."""
-    return math.log(9 * 10 ** (digits - 1))
-
-
-def mean_by(pairs: Iterator[tuple]) -> dict:
+def mean_by(pairs: Iterable[tuple]) -> dict:
     values: dict = {}
     for key, value in pairs:
         values.setdefault(key, []).append(value)
@@ -400,12 +397,13 @@ def aggregate(found: list[dict[tuple, dict]]) -> list[dict]:
     for pattern, precision in found[0]:
         of_seeds = [seed[pattern, precision] for seed in found]
         result = {"pattern": pattern, "precision": precision}
-        for measure in ("needle", "needle_nats", "passkey", "passkey_nats", "perplexity"):
+        for measure in MEASURES:
             result[measure] = {
                 key: mean_and_spread([measured[measure][key] for measured in of_seeds])
                 for key in of_seeds[0][measure]
             }
         if pattern != "start":
+            result["engine"] = of_seeds[0]["engine"]
             result["loss"] = mean_and_spread(
                 [statistics.fmean(m["losses"][-10:]) for m in of_seeds]
             )
@@ -442,7 +440,7 @@ def describe(data: Data, size: Size) -> None:
         )
     print(
         f"{size.data.questions_share:.0%} of the text asks for numbers that it hid; "
-        f"{len(data.held_out)} held-out files; prompts per task and length: "
+        f"{len(data.held_out)} held-out files; prompts per length: "
         f"{len(size.data.depths) * size.data.trials}",
         flush=True,
     )
@@ -454,8 +452,6 @@ def show(results: list[dict], size: Size) -> None:
     for measure, title, digits in (
         ("needle", "needle, share found, by length", 2),
         ("needle_nats", "needle, nats for the number, by length", 2),
-        ("passkey", "passkey, share found, by length", 2),
-        ("passkey_nats", "passkey, nats for the number, by length", 2),
     ):
         print(f"\n{title}")
         print_table(
@@ -478,6 +474,7 @@ def show(results: list[dict], size: Size) -> None:
             "type": [r["precision"] for r in trained],
             "loss": [cell(r["loss"], 3) for r in trained],
             "step s": [f"{r['step_s']:.4f}" for r in trained],
+            "engine": [r["engine"] for r in trained],
             "reset gap": [f"{r['reset_gap']['mean']:.1e}" for r in trained],
         }
     )
@@ -491,12 +488,13 @@ def cell(value: dict[str, float | None], digits: int) -> str:
 def picture(results: list[dict], size: Size, *, title: str) -> Figure:
     """Retrieval and its cost by length, and perplexity by position; one row of panels per precision."""
     panels = {
-        "needle": ("share of numbers found", "prompt length (tokens)"),
+        "needle": ("share of numbers found (0 to 1)", "prompt length (tokens)"),
         "needle_nats": ("nats for the hidden number", "prompt length (tokens)"),
-        "perplexity": ("perplexity", "position of the predicted token"),
+        "perplexity": ("perplexity", "position of the predicted token (tokens)"),
     }
     figure = Figure(figsize=(14, 8.4), layout="constrained")
-    figure.suptitle(f"from rows of {size.data.short:,} to {size.data.long:,} tokens · {title}")
+    rows = f"from rows of {size.data.short:,} to {size.data.long:,} tokens"
+    figure.suptitle(f"{rows}; mean ± standard deviation of {title}")
     axes_rows = figure.subplots(len(PRECISIONS), len(panels), sharey="col")
     colours = dict(zip(("start", *PATTERNS), ("grey", "C3", "C1", "C2", "C0"), strict=True))
     for precision, axes_row in zip(PRECISIONS, axes_rows, strict=True):
@@ -510,9 +508,7 @@ def picture(results: list[dict], size: Size, *, title: str) -> Figure:
                     places,
                     [value["mean"] for value in values],
                     yerr=[value["spread"] or 0.0 for value in values],
-                    label="before the extension"
-                    if result["pattern"] == "start"
-                    else result["pattern"],
+                    label=result["pattern"].replace("start", "before the extension (float32)"),
                     color=colours[result["pattern"]],
                     linestyle="--" if result["pattern"] == "start" else "-",
                     marker="o",
@@ -526,9 +522,9 @@ def picture(results: list[dict], size: Size, *, title: str) -> Figure:
             if measure == "needle":
                 axes.set_ylim(-0.04, 1.04)
             if measure == "needle_nats":
-                axes.axhline(guessing_nats(TASKS["needle"].digits), color="black", linestyle=":")
+                axes.axhline(GUESSING_NATS, color="black", linestyle=":", label="guessing")
             axes.grid(alpha=0.3)
-    handles, labels = axes_rows[0][0].get_legend_handles_labels()
+    handles, labels = axes_rows[0][1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 

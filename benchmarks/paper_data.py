@@ -17,7 +17,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from anchor_context.evaluation.prompts import (
     TASKS,
     Haystack,
     Prompt,
-    Task,
     make_prompts,
     passkey_sentences,
     varied_sentences,
@@ -38,8 +37,9 @@ from anchor_context.evaluation.prompts import (
 
 HELD_OUT = 6
 """One file in so many is never trained on."""
-FACTS = 4
-"""A training document hides at most so many numbers."""
+TASK = replace(TASKS["needle"], digits=2)
+"""What the prompts ask. A number of two digits is one token, and finding it is one hop of attention; to copy
+seven digits piece by piece takes a model of this size longer than the smallest setting has."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class Data:
     long: PreparedRows
     held_out: list[Tensor]
     """(long,) int64 each: BOS and the beginning of a file."""
-    prompts: dict[str, list[Prompt]]
-    """Of the tasks "needle" and "passkey"."""
+    prompts: list[Prompt]
 
 
 def make_data(size: DataSize, folder: Path) -> Data:
@@ -87,8 +86,7 @@ def make_data(size: DataSize, folder: Path) -> Data:
         [*trained, *islice(question_documents(1, sentences=8), 2000)],
         vocab_size=size.vocabulary,
     )
-    # Two digits a token, so that the model copies a number in four steps, not letter by letter.
-    tokenizer.add_tokens([f"{pair:02d}" for pair in range(100)])
+    tokenizer.add_tokens([str(number) for number in range(10, 100)])
     token_characters = len(trained[0]) / len(tokenizer(trained[0])["input_ids"])
 
     def rows(row_length: int, seed: int) -> PreparedRows:
@@ -113,7 +111,7 @@ def make_data(size: DataSize, folder: Path) -> Data:
         short=rows(size.short, seed=2),
         long=rows(size.long, seed=3),
         held_out=held_out_documents(texts[::HELD_OUT], tokenizer, size),
-        prompts={task: all_prompts(task, tokenizer, size) for task in TASKS},
+        prompts=all_prompts(tokenizer, size),
     )
 
 
@@ -135,15 +133,15 @@ def cut(texts: list[str], *, median: int, seed: int) -> list[str]:
 def mixed(pieces: list[str], tokenizer, share: float, row_length: int, seed: int) -> list[str]:
     """The pieces, shuffled, with documents that ask until they hold `share` of all characters.
 
-    Those have up to a row's length of tokens, evenly.
+    Those have up to a row's length of tokens.
     """
     rng = random.Random(seed)
     sample = "".join(islice(varied_sentences(seed), 100))
     sentence_tokens = len(tokenizer(sample)["input_ids"]) / 100
     questions, left = [], sum(map(len, pieces)) * share / (1 - share)
-    # A fact with its question is about as long as three sentences.
-    most = int(row_length / sentence_tokens) - 3 * FACTS
-    assert most > 0, f"rows of {row_length} tokens have no room for {FACTS} questions"
+    # The fact and its question are about as long as three sentences.
+    most = int(row_length / sentence_tokens) - 3
+    assert most > 0, f"rows of {row_length} tokens have no room for a question"
     for text in question_documents(seed, sentences=most) if share else ():
         questions.append(text)
         left -= len(text)
@@ -155,39 +153,18 @@ def mixed(pieces: list[str], tokenizer, share: float, row_length: int, seed: int
 
 
 def question_documents(seed: int, *, sentences: int) -> Iterator[str]:
-    """Endless documents about as long as 1 … `sentences` sentences: of either task, and repeated lists.
+    """Endless documents that hide a number in 1 … `sentences` sentences and then ask for it.
 
-    The lists, in which half of the tokens can be copied, are what teaches so small a model to copy.
+    What teaches a small model to look for it: the shorter, the more there are of them, and every other
+    one is in the passkey's words, which say the number twice.
     """
     rng = random.Random(f"questions {seed}")
-    kinds = itertools.cycle((TASKS["needle"], TASKS["passkey"], None))
-    for task in kinds:
-        length = rng.randint(1, sentences)
-        yield repeated_list(rng, length) if task is None else asked(rng, task, length)
-
-
-def asked(rng: random.Random, task: Task, sentences: int) -> str:
-    """Filler that hides up to `FACTS` numbers, then asks for each of them and answers."""
-    needle = task.name == "needle"
-    filler = varied_sentences(rng.randrange(10**9)) if needle else passkey_sentences()
-    lines = list(islice(filler, sentences))
-    keys = rng.sample(task.keys, rng.randint(1, min(FACTS, len(task.keys))))
-    hidden = {key: number(rng, task.digits) for key in keys}
-    for key, value in hidden.items():
-        lines.insert(rng.randint(0, len(lines)), task.fact.format(key=key, number=value))
-    rng.shuffle(keys)
-    lines += [f"{task.question.format(key=key)} {hidden[key]}." for key in keys]
-    return "".join(lines)
-
-
-def repeated_list(rng: random.Random, length: int) -> str:
-    """About `length` numbers, and once more."""
-    numbers = " ".join(number(rng, rng.randint(5, 7)) for _ in range(length + 3))
-    return f" {numbers}. Again: {numbers}."
-
-
-def number(rng: random.Random, digits: int) -> str:
-    return str(rng.randrange(10 ** (digits - 1), 10**digits))
+    for task in itertools.cycle(TASKS.values()):
+        fillers = {"needle": varied_sentences(rng.randrange(10**9)), "passkey": passkey_sentences()}
+        lines = list(islice(fillers[task.name], int((sentences + 1) ** rng.random())))
+        key, number = rng.choice(task.keys), rng.randrange(10, 100)
+        lines.insert(rng.randint(0, len(lines)), task.fact.format(key=key, number=number))
+        yield "".join(lines) + f"{task.question.format(key=key)} {number}."
 
 
 def held_out_documents(texts: list[str], tokenizer, size: DataSize) -> list[Tensor]:
@@ -201,15 +178,14 @@ def held_out_documents(texts: list[str], tokenizer, size: DataSize) -> list[Tens
     return documents[: size.held_out_documents]
 
 
-def all_prompts(task: str, tokenizer, size: DataSize) -> list[Prompt]:
+def all_prompts(tokenizer, size: DataSize) -> list[Prompt]:
     """Of every length, the same for every seed, pattern and precision."""
-    sentences = varied_sentences(0) if task == "needle" else passkey_sentences()
-    haystack = Haystack(sentences, tokenizer, length=size.long)
+    haystack = Haystack(varied_sentences(0), tokenizer, length=size.long)
     return [
         prompt
         for length in size.lengths
         for prompt in make_prompts(
-            TASKS[task],
+            TASK,
             haystack,
             tokenizer,
             anchor_id=find_anchor_id(tokenizer),

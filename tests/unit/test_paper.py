@@ -83,9 +83,12 @@ def test_a_step_moves_the_masters_and_rounds_them_into_the_model(paper, size, da
     config, start = started
     variants = paper.extended(config, start, size, torch.device("cpu"))
     (variant,) = [v for v in variants if (v.pattern, v.precision) == ("anchor", "bf16")]
-    variant.warmup = 1
-    paper.train([variant], data.long, steps=2, tokens=size.step_tokens, seed=0)
-    assert len(variant.losses) == len(variant.seconds) == 2
+    paper.train([variant], data.long, tokens=size.step_tokens, seed=0)
+    assert len(variant.losses) == len(variant.seconds) == size.long_steps
+    (last,) = variant.optimizer.param_groups
+    assert last["lr"] == pytest.approx(size.long_rate * 5 / 6), (
+        "half a step before the end of three"
+    )
     for (name, weight), master in zip(
         variant.model.named_parameters(), variant.masters, strict=True
     ):
@@ -125,8 +128,8 @@ def test_patterns_see_the_same_tokens_and_targets_through_other_masks(paper, dat
 
 def test_in_float32_the_reset_changes_the_loss_by_rounding_alone(paper, size, data, started):
     config, start = started
-    variants = paper.extended(config, start, size, torch.device("cpu"))
-    paper.train(variants, data.long, steps=1, tokens=size.step_tokens, seed=0)
+    variants = paper.extended(config, start, replace(size, long_steps=1), torch.device("cpu"))
+    paper.train(variants, data.long, tokens=size.step_tokens, seed=0)
     losses = {(v.pattern, v.precision): v.losses for v in variants}
     seed = {variant: {"losses": of_variant} for variant, of_variant in losses.items()}
     assert paper.reset_gap(seed, "float32") < 1e-5
@@ -145,14 +148,14 @@ def test_mean_spread_and_gap(paper):
     }
     assert paper.reset_gap(seed, "bf16") == 0.75
     assert paper.mean_by([(8, 1.0), (8, 0.0), (4, 1.0)]) == {8: 0.5, 4: 1.0}
-    assert paper.guessing_nats(2) == pytest.approx(math.log(90))
+    assert math.isclose(paper.GUESSING_NATS, math.log(90)), "numbers from 10 to 99"
 
 
 def test_aggregate_keeps_seeds_apart_and_takes_the_median_step(paper):
     def measured(value: float) -> dict:
-        names = ("needle", "needle_nats", "passkey", "passkey_nats", "perplexity")
-        return {name: {256: value} for name in names} | {
+        return {name: {256: value} for name in paper.MEASURES} | {
             "losses": [value] * 12,
+            "engine": "flash, torch_cpu",
             "seconds": [value, value, 10.0],
         }
 
@@ -165,24 +168,25 @@ def test_aggregate_keeps_seeds_apart_and_takes_the_median_step(paper):
     for result in (first, second):
         assert result["needle"] == {256: paper.mean_and_spread([0.0, 0.5])}
         assert result["loss"] == paper.mean_and_spread([0.0, 0.5])
+        assert result["engine"] == "flash, torch_cpu"
         assert result["step_s"] == statistics.median([0.0, 0.0, 10.0, 0.5, 0.5, 10.0])
 
 
 def test_documents_hold_their_answers_and_prompts_fill_their_lengths(paper, size, data):
     from paper_data import question_documents
 
-    for text, kind in zip(question_documents(7, sentences=5), range(21), strict=False):
-        if kind % 3 == 2:
-            once, again = text.rstrip(".").split(". Again:")
-            assert once == again and len(once.split()) > 3
-            continue
-        body, *questions = text.replace("What is the pass key?", "Question:").split(" Question:")
-        assert questions
-        for question in questions:
-            answer = question.rsplit(" is ", 1)[1].rstrip(".")
-            assert answer.isdigit() and answer in body
-    assert data.tokenizer.tokenize(" 4821903") == ["Ġ", "48", "21", "90", "3"]
-    assert {p.length for p in data.prompts["needle"]} == {256, 512}
+    kinds = ("Question: what is the secret number", "What is the pass key?")
+    fillers = []
+    for text, kind in zip(question_documents(7, sentences=5), kinds * 20, strict=False):
+        body, question = text.split(f" {kind}")
+        answer = question.rsplit(" is ", 1)[1].rstrip(".")
+        assert f" is {answer}." in body and 10 <= int(answer) < 100
+        fillers.append(body.count(".") - 1 - (kind == kinds[1]))
+    assert set(fillers) == {1, 2, 3, 4, 5} and statistics.median(fillers) < 3, "short ones teach"
+    assert data.tokenizer.tokenize(" 48 48.") == ["Ġ", "48", "Ġ", "48", "."]
+    assert {p.length for p in data.prompts} == {256, 512}
+    assert all(len(data.tokenizer.tokenize(f" {p.answer}")) == 2 for p in data.prompts)
+    assert all(len(p.token_ids) + 2 == p.length for p in data.prompts)
     assert all(document.shape == (512,) for document in data.held_out)
 
 
@@ -196,15 +200,16 @@ def test_a_run_from_end_to_end(paper, size, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     line = json.loads(lines[-1])
     assert line["benchmark"] == "paper" and line["seeds"] == [0, 1]
-    assert line["ceiling"]["guessing_nats"]["needle"] == pytest.approx(16.01, abs=0.01)
+    assert line["ceiling"]["guessing_nats"] == pytest.approx(math.log(90))
     assert [(r["pattern"], r["precision"]) for r in line["results"]] == [
         ("start", "float32"),
         *((pattern, precision) for precision in paper.PRECISIONS for pattern in paper.PATTERNS),
     ]
     for result in line["results"]:
-        assert set(result["needle"]) == set(result["passkey_nats"]) == {"256", "512"}
+        assert set(result["needle"]) == set(result["needle_nats"]) == {"256", "512"}
         assert all(0 <= r["mean"] <= 1 for r in result["needle"].values())
         assert all(r["spread"] > 0 for r in result["perplexity"].values())
-    assert all(r["step_s"] > 0 for r in line["results"][1:])
+    for result in line["results"][1:]:
+        assert result["step_s"] > 0 and result["engine"] == "flash, torch_cpu"
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert any("1-63" in text for text in lines) and any("reset gap" in text for text in lines)
