@@ -310,7 +310,8 @@ def main(flags: Flags) -> None:
     # Data: documents are packed into rows once; afterwards the rows are memory-mapped. A checkpoint to
     # resume from says how many of them are done, and so how many steps are left.
 
-    prepared = prepare_rows(
+    prepare = partial(
+        prepare_rows,
         flags.dataset,
         data_format=flags.data_format,
         tokenizer=tokenizer,
@@ -329,6 +330,10 @@ def main(flags: Flags) -> None:
         seed=flags.seed,
         num_proc=flags.num_proc,
     )
+    on_one_rank(
+        accelerator, lambda: prepare() and None
+    )  # what is wrong is found once, for all ranks
+    prepared = prepare()  # from the cache; on a machine that does not share it, anew
     window = sliding_window_of(config)
     if window is not None:
         crosses = PATTERNS[flags.attention_pattern].crosses_documents
