@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import random
 import statistics
 import tempfile
 from collections.abc import Iterable
@@ -266,8 +267,8 @@ def train(variants: list[Variant], rows: PreparedRows, *, tokens: int, seed: int
         data_degree=1,
     )
     for step, batch in zip(range(variants[0].steps), loader, strict=False):
-        first = step % len(variants)  # nobody always follows the same one
-        for variant in variants[first:] + variants[:first]:
+        # In a new order each time: who meets a batch's shapes first may pay for kernels that all others use.
+        for variant in random.Random(f"{seed} {step}").sample(variants, len(variants)):
             variant.step(batch)
 
 
