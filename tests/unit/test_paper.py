@@ -7,7 +7,9 @@ import math
 import statistics
 import sys
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +98,19 @@ def test_a_step_moves_the_masters_and_rounds_them_into_the_model(paper, size, da
         assert torch.equal(weight, master.bfloat16()) and weight.dtype == torch.bfloat16
     # Had the masters been rounded, all of them would be bfloat16 numbers.
     assert any(not torch.equal(m, m.bfloat16().float()) for m in variant.masters)
+
+
+def test_no_variant_steps_before_another_as_a_rule(paper, size, data):
+    order = []
+    variants = [
+        SimpleNamespace(steps=40, step=lambda batch, name=name: order.append(name))
+        for name in paper.PATTERNS
+    ]
+    paper.train(variants, data.long, tokens=size.step_tokens, seed=0)
+    turns = [order[i : i + 4] for i in range(0, 160, 4)]
+    assert len(order) == 160 and all(set(turn) == set(paper.PATTERNS) for turn in turns)
+    for one, other in permutations(paper.PATTERNS, 2):
+        assert 12 <= sum(turn.index(one) < turn.index(other) for turn in turns) <= 28
 
 
 def test_patterns_see_the_same_tokens_and_targets_through_other_masks(paper, data):
