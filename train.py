@@ -49,6 +49,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from anchor_context.agreement import EXIT_TRY_AGAIN, PreemptionGuard, on_one_rank
+from anchor_context.attention.calls import sliding_window_of
 from anchor_context.attention.patterns import PATTERNS, check_pattern
 from anchor_context.checkpoint import (
     disk_errors,
@@ -737,12 +738,6 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
             "into a document: use --attn_engine flex (not with a ring), or set sliding_window to null in its "
             "config.json"
         )
-
-
-def sliding_window_of(config: PretrainedConfig) -> int | None:
-    """Tokens that layers of the model see; None if all. Qwen carries one that it does not use."""
-    used = getattr(config, "use_sliding_window", True)
-    return getattr(config, "sliding_window", None) if used else None
 
 
 def check_rope(config: PretrainedConfig, grid: RankGrid) -> None:

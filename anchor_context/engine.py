@@ -18,7 +18,8 @@ from anchor_context.attention.kernels import choose_kernel
 from anchor_context.parallel.account import CommAccount
 from anchor_context.parallel.groups import RankGrid
 from anchor_context.parallel.hybrid import hybrid
-from anchor_context.parallel.ring import check_window, ring
+from anchor_context.parallel.ring import check_window as check_window_of_ring
+from anchor_context.parallel.ring import ring
 from anchor_context.parallel.ulysses import ulysses
 
 ENGINES = ("flash", "flex", "reference")
@@ -85,10 +86,10 @@ def make_engine(
             "is of whole rows; use --parallel_mode ulysses_attn, or --attn_engine flash"
         )
 
-    account, more = CommAccount(), {}
+    account, check_window = CommAccount(), Engine.check_window
     if name == "flash":
         chosen, reason = choose_kernel(device, dtype, name=kernel)
-        more["check_window"] = partial(flash.effective_window, kernel=chosen)
+        check_window = partial(flash.effective_window, kernel=chosen)
         attend, kernel = partial(flash.attend, kernel=chosen), chosen.name
     elif name == "flex":
         attend = flex.make_attend()
@@ -100,9 +101,7 @@ def make_engine(
         attend, kernel, reason = reference.attend, "dense", "every score written out"
 
     if grid.ring_degree > 1:
-        more["check_window"] = lambda window, *, pattern, longest: check_window(
-            window, longest=longest
-        )
+        check_window = check_window_of_ring
     if grid.ring_degree > 1 and grid.ulysses_degree > 1:
         attend = hybrid(chosen, ring_group=ring_group, ulysses_group=ulysses_group, account=account)
     elif grid.ring_degree > 1:
@@ -116,5 +115,5 @@ def make_engine(
         layout=str(grid),
         reason=reason,
         account=account,
-        **more,
+        check_window=check_window,
     )

@@ -42,7 +42,8 @@ class DocumentLayout:
     position_ids: Tensor
     """(B, S) int64: rotary positions by the pattern's rule (`attention/patterns.py`)."""
     max_seqlen: int
-    """Tokens in the longest document. A plain integer, so that no kernel has to ask the device."""
+    """Tokens in the longest document (of interleaved rows: the longest chunk). A plain integer, so that no
+    kernel has to ask the device."""
     pattern: str
     """A key of `patterns.PATTERNS`."""
     anchor_placement: str

@@ -54,6 +54,11 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
                 "family's layers); call the model with layout=DocumentLayout(…), or load the saved "
                 "model with AutoModelForCausalLM for plain causal attention"
             )
+        if attention_mask is not None:
+            raise ValueError(
+                f"{type(module).__name__} was given an attention_mask (by the caller, or by this family's "
+                "own forward); the engines know who sees whom from the layout alone and would drop it"
+            )
         remedy = "set it to 0 or null in the model's config.json"
         out = attend_call(attend, module, query, key, value, layout, settings, remedy=remedy)
         return out, None

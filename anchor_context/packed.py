@@ -43,7 +43,9 @@ def document_starts(
                 f"tokens of this call; it is {edges.tolist()}"
             )
         return np.union1d(rows, edges[edges < total])
-    if position_ids is not None and tuple(position_ids.shape[-1:]) == (row_length,):
+    if position_ids is None or position_ids.ndim > 2:  # (3, B, S): of images and video
+        return None
+    if tuple(position_ids.shape[-1:]) == (row_length,):
         positions = np.broadcast_to(position_ids.detach().cpu().numpy(), (batch_size, row_length))
         starts = positions == 0
         grows = np.diff(positions, axis=1) > 0

@@ -70,11 +70,26 @@ def patch_model(
             )
         layout = kwargs.get("layout")
         if layout is None:
-            layout = _layout_of_call(tokens, kwargs, engine=engine, pattern=pattern)
+            anchors = _special_tokens(model.config)
+            layout = _layout_of_call(
+                tokens, kwargs, engine=engine, pattern=pattern, anchors=anchors
+            )
         elif layout.pattern != pattern:
             raise ValueError(
                 f"the batch was packed for the pattern {layout.pattern!r}, the model patched for "
                 f"{pattern!r}; give AnchorDataCollator and patch_model the same"
+            )
+        if layout.document_ids.shape != tokens.shape:
+            raise ValueError(
+                f"the layout is of {tuple(layout.document_ids.shape)} tokens, the call of "
+                f"{tuple(tokens.shape)}: a batch goes to one model whole (on several GPUs start with "
+                "accelerate launch or torchrun; torch's DataParallel splits batches)"
+            )
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
+            raise ValueError(
+                "the attention_mask shuts out tokens, and this model attends by document alone: make "
+                "batches without padding (AnchorDataCollator does)"
             )
         layout = layout.to(tokens.device)
         return args, kwargs | {"layout": layout, "position_ids": layout.position_ids}
@@ -106,10 +121,21 @@ def _engine_on_first_use(name: str, kernel: str | None) -> Callable[..., Tensor]
     return attend
 
 
+def _special_tokens(config) -> set[int]:
+    """BOS and EOS of a model; some have several."""
+    text = config.get_text_config()
+    found = (getattr(text, "bos_token_id", None), getattr(text, "eos_token_id", None))
+    return {t for ids in found for t in (ids if isinstance(ids, list) else [ids]) if t is not None}
+
+
 def _layout_of_call(
-    tokens: Tensor, kwargs: dict[str, Any], *, engine: str, pattern: str
+    tokens: Tensor, kwargs: dict[str, Any], *, engine: str, pattern: str, anchors: set[int]
 ) -> DocumentLayout:
-    """The layout of a call that has none, from its boundaries or packed positions."""
+    """The layout of a call that has none, from its boundaries or packed positions.
+
+    Args:
+        anchors: the tokens that may serve as one.
+    """
     starts = document_starts(
         batch_size=tokens.shape[0],
         row_length=tokens.shape[1],
@@ -123,14 +149,17 @@ def _layout_of_call(
             "restart at 0 with every document"
         )
     placement = default_anchor_placement(pattern, engine)
-    if placement == "per_document":
-        firsts = tokens.flatten()[torch.from_numpy(starts).to(tokens.device)]
-        if (firsts != firsts[0]).any():
+    if placement == "per_document" and not tokens.is_floating_point():  # embeddings name no token
+        boundaries = kwargs.get("cu_seq_lens_q")  # what lies behind the last one is padding
+        end = tokens.numel() if boundaries is None else int(boundaries[-1])
+        places = torch.from_numpy(starts[starts < end]).to(tokens.device)
+        firsts = tokens.flatten()[places].unique().tolist()
+        if len(firsts) > 1 or anchors.isdisjoint(firsts):
             raise ValueError(
-                f"with the {engine} engine every document must start with the anchor token, but "
-                f"these rows' documents start with the tokens {firsts.unique().tolist()[:8]}: use "
-                "AnchorDataCollator (it places the anchors), or engine='flex', which shares the "
-                "row's first token"
+                f"with the {engine} engine every document must start with the anchor token (the model's "
+                f"BOS or EOS, {sorted(anchors)}), but these rows' documents start with the tokens "
+                f"{firsts[:8]}: use AnchorDataCollator (it places the anchors), or engine='flex', which "
+                "shares the row's first token"
             )
     return layout_of_starts(starts, like=tokens, pattern=pattern, anchor_placement=placement)
 
@@ -219,7 +248,9 @@ class AnchorDataCollator:
     def _with_anchors(self, row: list[Document]) -> list[Document]:
         """The row's documents with anchors placed, and first tokens that nothing predicts untargeted."""
         per_document = self.anchor_placement == "per_document"
-        placed = [] if self.anchor_placement != "shared" else [_document([self.anchor])]
+        placed = (
+            [] if self.anchor_placement != "shared" else [_document([self.anchor], [IGNORE_INDEX])]
+        )
         for ids, labels in row:
             if self.anchor_placement == "shared" and ids[0] == self.anchor:
                 ids, labels = ids[1:], labels[1:]  # the row's anchor stands for it

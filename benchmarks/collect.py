@@ -45,14 +45,16 @@ def save(folder: Path) -> None:
     on_gpu = [line["hardware"] for line in lines if line["benchmark"] != "packing"]
     if not on_gpu:
         sys.exit("error: no benchmark finished; nothing written")
-    tests = (folder / "tests.log").read_text().splitlines()
+    tests = (folder / "tests.log").read_text().splitlines()[-1:]
+    if not any(word in line for line in tests for word in ("passed", "failed", "skipped")):
+        tests = ["did not finish"]  # pytest's last line tells how many; it was ended before
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     name = re.sub(r"[^a-z0-9]+", "-", on_gpu[0].split(",")[0].lower()).strip("-")
     record = {
         "hardware": on_gpu[0],
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit.stdout.strip() or None,
-        "tests": tests[-1] if tests else None,
+        "tests": tests[0],
         "benchmarks": lines,
     }
     path = RESULTS / f"{name}.json"

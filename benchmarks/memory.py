@@ -51,7 +51,10 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=total, help="the memory to fit, in GiB")
     parser.add_argument("--variants", nargs="+", default=("anchor", "plain_hf"), choices=VARIANTS)
     parser.add_argument(
-        "--at_most_seconds", type=float, default=3600, help="start no probe of the bisection later"
+        "--at_most_seconds",
+        type=float,
+        default=3600,
+        help="start no probe of the bisection that would end later, going by the one before",
     )
     flags = parser.parse_args()
     deadline = time.monotonic() + flags.at_most_seconds
@@ -116,18 +119,25 @@ def longest_row(
     Starts from the peaks that are known, doubles until one does not fit, then halves the gap.
     """
     sizes = dict(known)
+    probe_seconds = 0.0
+
+    def in_time() -> bool:
+        return time.monotonic() + 2 * probe_seconds < deadline  # a row may be twice the last one's
 
     def fits(row_length: int) -> bool:
+        nonlocal probe_seconds
         if row_length not in sizes:
+            started = time.monotonic()
             sizes[row_length] = peak(row_length)
+            probe_seconds = time.monotonic() - started
         return sizes[row_length] is not None and sizes[row_length] <= limit
 
     fitting = max([length for length in known if fits(length)], default=0)
     failing = max(8 * GRAIN, 2 * fitting)
-    while time.monotonic() < deadline and fits(failing):
+    while in_time() and fits(failing):
         fitting, failing = failing, 2 * failing
     # Each probe is a process and a step: a sixteenth is near enough.
-    while time.monotonic() < deadline and failing - fitting > max(GRAIN, fitting // 16):
+    while in_time() and failing - fitting > max(GRAIN, fitting // 16):
         middle = (fitting + failing) // 2 // GRAIN * GRAIN
         if fits(middle):
             fitting = middle

@@ -4,10 +4,11 @@
     python tests/model_coverage.py mistral    one family, with the reason in full
 
 Each family is a tiny random model in float64. Its document tokens' logits under each engine must equal
-the unpatched model's own dense attention with the pattern's mask and positions given outright; a
-changed token must change nothing in other documents and nothing before it; a changed anchor must
-change every document. Families with a sliding window are run a second time with a window that hides
-something. Costs about ten seconds of one core for all of them.
+the unpatched model's own dense attention with the pattern's mask and positions given outright, and
+those of a row of one document, with the pattern "full", the unpatched model's as it is; a changed token
+must change nothing in other documents and nothing before it; a changed anchor must change every
+document. Families that know a sliding window are run a second time with one that hides something. Costs
+about fifteen seconds of one core for all of them.
 """
 
 from __future__ import annotations
@@ -82,9 +83,11 @@ FAMILIES = {
     "jamba": "Jamba",
     "bamba": "Bamba",
     "mamba": "Mamba",
+    "doge": "Doge",
 }
 
 REFUSED = {
+    "doge": "attention_mask",
     "gemma2": "attn_logit_softcapping",
     "gpt_oss": "attention sinks",
     "llama4_text": "chunked_attention",
@@ -173,9 +176,12 @@ def tiny_model(model_type: str, *, window: int) -> PreTrainedModel:
     default = AutoConfig.for_model(model_type)
     settings = {k: v for k, v in TINY.items() if _is_setting(default, k)}
     settings |= OF_FAMILY.get(model_type, {})
-    if window_of(default):
-        settings["sliding_window"] = window
     kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or []))
+    if knows_windows(default):
+        settings["sliding_window"] = window
+        if hasattr(default, "use_sliding_window"):
+            settings["use_sliding_window"] = True
+            kinds = ["sliding_attention", "full_attention"]
     if len(kinds) == 2 and _is_setting(default, "layer_types"):  # one layer of each kind
         settings["layer_types"] = kinds
     torch.manual_seed(0)
@@ -190,10 +196,9 @@ def _is_setting(config, name: str) -> bool:
     return hasattr(config, name) and not isinstance(getattr(type(config), name, None), property)
 
 
-def window_of(config) -> int | None:
-    """The sliding window that the configuration's attention uses."""
-    used = getattr(config, "use_sliding_window", True)
-    return getattr(config, "sliding_window", None) if used else None
+def knows_windows(config) -> bool:
+    """Whether the family has sliding windows, used by default or not."""
+    return _is_setting(config, "sliding_window")
 
 
 def row(placement: str, *, seed: int = 0) -> tuple[Tensor, DocumentLayout]:
@@ -232,7 +237,7 @@ def dense_logits(model: PreTrainedModel, tokens: Tensor, layout: DocumentLayout)
         )
         return visible[None, None]
 
-    window = window_of(model.config)
+    window = getattr(model.config, "sliding_window", None)
     kinds = set(getattr(model.config, "layer_types", None) or [])
     if len(kinds) > 1:
         masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
@@ -270,10 +275,20 @@ def check(model_type: str, engine: str, *, window: int) -> str:
             return "the anchor does not reach every token"
 
     expected = dense_logits(tiny_model(model_type, window=window), tokens, layout)
-    error = (logits - expected).abs().max().item()
-    if not error < 1e-6 * expected.abs().max().item():
-        return f"differs from the dense reference by {error:.1e}"
+    if reason := _difference(logits, expected):
+        return f"differs from the dense reference by {reason}"
+    expected = _logits(tiny_model(model_type, window=window), tokens)
+    model = patch_model(tiny_model(model_type, window=window), engine=engine, pattern="full")
+    logits = _logits(model, tokens, position_ids=torch.arange(tokens.shape[1])[None])
+    if reason := _difference(logits, expected):
+        return f"differs from the unpatched model on one document by {reason}"
     return ""
+
+
+def _difference(logits: Tensor, expected: Tensor) -> str:
+    """How far they are apart, if they are."""
+    error = (logits - expected).abs().max().item()
+    return "" if error < 1e-6 * expected.abs().max().item() else f"{error:.1e}"
 
 
 def _changed(model: PreTrainedModel, tokens: Tensor, layout: DocumentLayout, place: int) -> Tensor:
@@ -286,7 +301,7 @@ def cover(model_type: str) -> Result:
     """Run one family with every engine, and with its sliding window if it has one."""
     result = Result(FAMILIES[model_type])
     runs = [(engine, engine, 4096) for engine in ENGINES]
-    if window_of(AutoConfig.for_model(model_type)):
+    if knows_windows(AutoConfig.for_model(model_type)):
         runs.append(("window", "flex", WINDOW))
     for label, engine, window in runs:
         try:

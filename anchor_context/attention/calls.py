@@ -33,6 +33,7 @@ def attend_call(
 
     Args:
         query: (B, H, S, D). key: (B, Hkv, S, D). value: (B, Hkv, S, Dv), Dv at most D.
+        module: the attention layer; its configuration tells a window that the call does not.
         settings: the call's further arguments by name; `scaling`, `sliding_window`, `dropout` and
             `NOT_COMPUTED` are read.
         remedy: what the user can do about a setting that is refused, for the message.
@@ -59,6 +60,27 @@ def attend_call(
     value_size, short = value.shape[-1], query.shape[-1] - value.shape[-1]
     if short > 0:  # multi-head latent attention: kernels want values as long as keys
         value = nn.functional.pad(value, (0, short))
-    window = settings.get("sliding_window")
+    window = window_of_call(module, settings)
     out = attend(query, key, value, layout, scale=scale, sliding_window=window)
     return out.transpose(1, 2)[..., :value_size].contiguous()
+
+
+def window_of_call(module: nn.Module, settings: Mapping[str, Any]) -> int | None:
+    """Tokens that a query sees of its piece, itself included; None if all.
+
+    Most families hand their layer's window on with the call. The others (some mixtures of experts) tell it
+    to transformers' mask alone, which is not made here, so their configuration is asked.
+    """
+    config = getattr(module, "config", None)
+    if "sliding_window" in settings or config is None:
+        return settings.get("sliding_window")
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[module.layer_idx] != "sliding_attention":
+        return None
+    return sliding_window_of(config)
+
+
+def sliding_window_of(config) -> int | None:
+    """Tokens that layers of a transformers model see; None if all. Qwen carries one that it does not use."""
+    used = getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if used else None

@@ -1,4 +1,4 @@
-"""FlashAttention-2 kernels behind one signature: the only file that calls flash-attn or PyTorch's own.
+"""FlashAttention-2 kernels behind one signature: the only file that calls their operators.
 
 A kernel is a pair of plain functions without autograd, because the ring needs the pieces: `forward`
 returns the output *and* its log-sum-exp, `backward` takes them again. The flash engine and the
@@ -14,11 +14,12 @@ cu_seqlens_k[i] … cu_seqlens_k[i+1]. A causal span has as many queries as keys
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 
@@ -70,7 +71,8 @@ def choose_kernel(
         reasons.append(f"{kernel.name}: {reason}")
     raise ValueError(
         f"no FlashAttention kernel for {dtype} on {device.type}: {'; '.join(reasons)}. "
-        "Leave out --attn_kernel, or use --attn_engine flex"
+        "Take what runs here instead: no kernel by name (--attn_kernel left out), or the flex engine "
+        "(--attn_engine flex)"
     )
 
 
@@ -84,16 +86,32 @@ def _kernel_named(name: str) -> Kernel:
 
 
 def _flash_attn_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
+    try:
+        version = metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
         return "the package flash-attn is not installed"
-    return _needs_cuda_and_half(device, dtype)
+    if Version(version) < Version("2.7"):
+        return f"flash-attn {version} is older than 2.7, and its functions take other arguments"
+    if reason := _needs_cuda_and_half(device, dtype):
+        return reason
+    try:
+        import flash_attn.flash_attn_interface  # noqa: F401
+    except ImportError as error:  # built for another torch, for instance
+        return f"flash-attn {version} is installed but does not load ({error})"
+    return None
 
 
 def _needs_cuda_and_half(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"computes in bfloat16 or float16, not {dtype} (--mixed_precision bf16)"
+        return (
+            f"computes in bfloat16 or float16, not {dtype}: load or cast the model to bfloat16 "
+            "(--mixed_precision bf16)"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs a GPU of compute capability 8.0 or newer, not {major}.{minor}"
     return None
 
 
@@ -153,7 +171,7 @@ def _window_sides(causal: bool, window: int | None) -> dict[str, int]:
 
 # --- PyTorch's FlashAttention-2 on CUDA -----------------------------------------------------------
 # torch.nn.attention.varlen.varlen_attn is a wrapper over these two operators. Its own signature moved
-# between releases and hides the backward; the operators' did not change from torch 2.11 to 2.13.
+# between releases and hides the backward; of theirs, only optional keywords came between 2.11 and 2.13.
 
 
 def _torch_varlen_forward(q, k, v, spans, *, causal, scale, window):
@@ -248,6 +266,8 @@ def _rectangles(spans: Spans, *, causal: bool):
     edges_q, edges_k = spans.cu_seqlens_q.tolist(), spans.cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(edges_q, edges_q[1:], edges_k, edges_k[1:], strict=False):
         assert not causal or q1 - q0 == k1 - k0, "a causal span is square"
+        # This kernel does not need the maxima, but the CUDA kernels compute nothing beyond them.
+        assert q1 - q0 <= spans.max_seqlen_q and k1 - k0 <= spans.max_seqlen_k, "maxima too small"
         if q1 > q0:
             yield slice(q0, q1), slice(k0, k1)
 

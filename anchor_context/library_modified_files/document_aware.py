@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from anchor_context.attention.calls import attend_call
+from anchor_context.attention.calls import attend_call, window_of_call
 
 VARIABLE = "ANCHOR_CONTEXT_PATTERN"
 CHOICES = ("anchor", "intra_doc", "intra_doc_reset", "off")
@@ -94,9 +94,18 @@ class _Documents:
             (query.shape[0], query.shape[2]),
             lambda: self._layout(query, boundaries, positions),
         )
-        if layout is None or (boundaries is None and not self._is_the_librarys(mask, layout)):
-            return None
-        return layout
+        if layout is None or mask is None:
+            return layout
+        # What the library makes of packed positions; boundaries alone leave it a causal mask. Any other
+        # mask, of padding or of the caller's own, says more than the layout and stays in force.
+        window = window_of_call(module, settings)
+        masks = [layout.document_ids] + [torch.zeros_like(layout.document_ids)] * (
+            boundaries is not None
+        )
+        the_librarys = self._verdicts.of(
+            mask, (layout, window), lambda: any(_is_mask_of(mask, ids, window) for ids in masks)
+        )
+        return layout if the_librarys else None
 
     def _layout(self, query: Tensor, boundaries: Tensor | None, positions: Tensor | None):
         from anchor_context.packed import document_starts, layout_of_starts
@@ -117,13 +126,6 @@ class _Documents:
             anchor_placement="shared" if self.pattern == "anchor" else "none",
         )
 
-    def _is_the_librarys(self, mask, layout) -> bool:
-        """Whether `mask` says no more than "causal, own document": what the library makes of packed
-        positions. Padding or a mask of the caller's own says more, and stays in force."""
-        if mask is None:
-            return True
-        return self._verdicts.of(mask, layout, lambda: _is_document_mask(mask, layout))
-
 
 class _Remembered:
     """What was read from an argument of a call, until it is another object or was written to."""
@@ -143,21 +145,31 @@ class _Remembered:
         return known[1]
 
 
-def _is_document_mask(mask, layout) -> bool:
-    index = torch.arange(layout.row_length, device=layout.document_ids.device)
-    batch = torch.arange(layout.batch_size, device=index.device)[:, None]
-    if not isinstance(
-        mask, Tensor
-    ):  # FlexAttention's BlockMask: no token may be shut out as padding
-        return bool(mask.mask_mod(batch, torch.zeros_like(batch), index, index).all())
-    if mask.ndim != 4:
+def _is_mask_of(mask, document_ids: Tensor, window: int | None) -> bool:
+    """Whether `mask` shows every token its own document up to itself, within the window, and nothing else.
+
+    Of FlexAttention's BlockMask, a function of places, only the diagonal and its neighbours are asked: each
+    token sees itself, none sees the next, and a document's first token does not see the one before it.
+    """
+    row_length = document_ids.shape[1]
+    index = torch.arange(row_length, device=document_ids.device)
+    if not isinstance(mask, Tensor):
+        batch = torch.arange(len(document_ids), device=index.device)[:, None]
+        head, later, earlier = torch.zeros_like(batch), index[1:], index[:-1]
+        starts = document_ids[:, 1:] != document_ids[:, :-1]
+        return bool(
+            mask.mask_mod(batch, head, index, index).all()
+            and not mask.mask_mod(batch, head, earlier, later).any()
+            and not (mask.mask_mod(batch, head, later, earlier) & starts).any()
+        )
+    if mask.ndim != 4 or mask.shape[-2:] != (row_length, row_length):
         return False  # (B, S): flash attention's padding
+    distance = index[:, None] - index
+    own = (document_ids[:, :, None] == document_ids[:, None, :]) & (distance >= 0)
+    if window is not None:
+        own &= distance < window
     visible = mask if mask.dtype == torch.bool else mask == 0
-    documents = layout.document_ids
-    own = (documents[:, :, None] == documents[:, None, :]) & (index[:, None] >= index)
-    # A sliding window narrows it, and comes again as an argument; a token always sees itself.
-    sees_itself = visible.diagonal(dim1=-2, dim2=-1).all()
-    return bool(sees_itself and not (visible & ~own[:, None]).any())
+    return bool((visible == own[:, None]).all())
 
 
 def _engine_on_first_use(name: str) -> Callable[..., Tensor]:

@@ -25,5 +25,8 @@ def hybrid(
     ulysses_group: ProcessGroup,
     account: CommAccount,
 ) -> Callable[..., Tensor]:
-    """`attend` for this rank's tokens, (B, H, S / (R · U), D) in and out. Collective over the ring."""
+    """`attend` for this rank's tokens, (B, H, S / (R · U), D) in and out.
+
+    Making it is collective over the ring, every call of it over both groups.
+    """
     return ulysses(ring(kernel, ring_group, account), ulysses_group, account)

@@ -61,7 +61,7 @@ def ring(kernel: Kernel, group: ProcessGroup, account: CommAccount) -> Callable[
     ) -> Tensor:
         assert isinstance(layout, ShardedLayout), "a ring takes the layout that shard_batch made"
         longest = layout.row_length if layout.pattern == "full" else layout.max_seqlen
-        check_window(sliding_window, longest=longest)
+        check_window(sliding_window, pattern=layout.pattern, longest=longest)
         out = RingAttention.apply(
             flatten_rows(q),
             flatten_rows(k),
@@ -77,17 +77,17 @@ def ring(kernel: Kernel, group: ProcessGroup, account: CommAccount) -> Callable[
     return attend
 
 
-def check_window(sliding_window: int | None, *, longest: int) -> None:
-    """Raise `ValueError` if a sliding window would hide anything: the ring sends whole documents.
+def check_window(sliding_window: int | None, *, pattern: str, longest: int) -> None:
+    """Raise `ValueError` if a sliding window would hide anything: the ring sends what the pattern sees.
 
     Args:
         longest: tokens of the longest document, or of a row under `full`.
     """
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(
-            f"the model's sliding_window={sliding_window} is shorter than a document of {longest} "
-            "tokens, and the ring cannot honour it: use --parallel_mode ulysses_attn, or set the "
-            "model's config.sliding_window to null"
+            f"the model's sliding_window={sliding_window} is shorter than the {longest} tokens that "
+            f"{pattern} attends to as one piece, and the ring cannot honour it: use --parallel_mode "
+            "ulysses_attn, or set the model's config.sliding_window to null"
         )
 
 

@@ -268,7 +268,9 @@ def load_tokens(text: str | None, model: str, vocab_size: int, number: int) -> T
     if text is None:
         return torch.randint(vocab_size, (number,))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    token_ids = tokenizer(Path(text).read_text(), add_special_tokens=False)["input_ids"]
+    token_ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)[
+        "input_ids"
+    ]
     if len(token_ids) < number:
         raise ValueError(
             f"--text {text} has {len(token_ids):,} tokens, and --lengths asks for {number:,}; "

@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from anchor_context.rope.report import Measurements, max_of, mean_of
+from anchor_context.rope.report import Measurements, Row, max_of, mean_of
 
 COLOURS = {
     "float32": "#0072b2",
@@ -95,13 +95,7 @@ def by_token(found: Measurements) -> Figure:
     for pattern in found.values("pattern"):
         for arithmetic in found.values("arithmetic"):
             where = {"arithmetic": arithmetic, "pattern": pattern}
-            columns = [
-                column
-                for column in next(row for row in here if row["pattern"] == pattern)
-                if column.startswith("distance_")
-            ]
-            starts = [int(column.split("_")[1]) for column in columns]
-            means = [mean_of(here, column, **where) for column in columns]
+            starts, means = _profile([row for row in here if where.items() <= row.items()])
             _line(profiles[pattern], starts, means, arithmetic)
             where |= {"quantity": "weight", "shift": shift}
             share = [
@@ -119,6 +113,14 @@ def by_token(found: Measurements) -> Figure:
     _first(shares).set_ylabel("first token's share of the change\n(multiple of an average token's)")
     _legend_below(figure)
     return figure
+
+
+def _profile(rows: list[Row]) -> tuple[list[int], list[float]]:
+    """Where each bin of distances starts, and the mean there over the rows (layers) that reach so far."""
+    columns = {name for row in rows for name in row if name.startswith("distance_")}
+    starts = {int(name.split("_")[1]): name for name in columns}
+    means = [mean_of([r for r in rows if starts[s] in r], starts[s]) for s in sorted(starts)]
+    return sorted(starts), means
 
 
 def by_pattern(found: Measurements) -> Figure:

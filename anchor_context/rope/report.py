@@ -47,9 +47,10 @@ def max_of(rows: Iterable[Row], value: str, **where) -> float:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """The longest row has all columns; where a row lacks one, its cell stays empty."""
+    """The columns of all rows; where a row lacks one (a layer's window ends sooner), its cell stays empty."""
+    columns = dict.fromkeys(name for row in rows for name in row)
     with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(max(rows, key=len)))
+        writer = csv.DictWriter(stream, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -225,12 +225,3 @@ def test_ulysses_bytes_by_hand(found):
     assert account == {
         "ulysses": {"sent": 8 * tensor * 3 // 4, "received": 8 * tensor * 3 // 4, "exchanges": 8}
     }
-
-
-def test_a_sliding_window_is_an_error_unless_it_hides_nothing():
-    from anchor_context.parallel.ring import check_window
-
-    check_window(None, longest=101)
-    check_window(101, longest=101)
-    with pytest.raises(ValueError, match=r"sliding_window=100.*101 tokens.*ulysses_attn"):
-        check_window(100, longest=101)

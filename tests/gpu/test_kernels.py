@@ -11,6 +11,7 @@ import torch
 from anchor_context.attention import flash, flex, reference
 from anchor_context.attention.kernels import KERNELS
 from anchor_context.attention.patterns import make_layout
+from tests.ring_in_threads import LAYOUTS, errors_of_ring, layout_of
 
 CUDA = torch.device("cuda")
 ROW, HEAD_DIM = 384, 64
@@ -108,15 +109,14 @@ def test_flash_kernels_honour_a_window(kernel, pattern, window):
     )
 
 
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize(("pattern", "placement"), PLACED_PATTERNS)
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.bfloat16, BF16_ERROR), (torch.float32, 1e-3)], ids=["bf16", "fp32"]
-)
-def test_compiled_flex_agrees_with_the_reference(dtype, bound, pattern, placement, window):
-    # float32: the Triton kernel may multiply in TF32, with 11 bits.
-    layout = make(rows=LENGTHS, pattern=pattern, placement=placement)
-    check(flex.make_attend(), layout=layout, dtype=dtype, bound=bound, window=window)
+@pytest.mark.parametrize("documents", LAYOUTS)
+@pytest.mark.parametrize("pattern", ["anchor", "full"])
+def test_a_ring_of_four_ranks_agrees_with_the_reference(kernel, pattern, documents):
+    """Rectangles, some of a single query, merged by log-sum-exp; every rank a thread on this GPU."""
+    errors = errors_of_ring(
+        layout_of(documents, pattern=pattern), kernel, ranks=4, device=CUDA, dtype=torch.bfloat16
+    )
+    assert max(errors.values()) < BF16_ERROR, errors
 
 
 def test_flash_attn_and_pytorch_s_kernel_agree():
@@ -130,3 +130,19 @@ def test_flash_attn_and_pytorch_s_kernel_agree():
     )
     for a, b in zip(ours, theirs, strict=True):
         assert ((a - b).norm() / b.norm()).item() < 5e-3
+
+
+BF16, FLOAT32 = (torch.bfloat16, BF16_ERROR), (torch.float32, 1e-3)  # Triton may multiply in TF32
+
+
+@pytest.mark.parametrize(
+    ("pattern", "placement", "window", "precision"),
+    [(*placed, None, BF16) for placed in PLACED_PATTERNS]
+    + [("anchor", "shared", 100, BF16), ("full", "none", 100, BF16)]
+    + [("anchor", "shared", None, FLOAT32)],
+)
+def test_compiled_flex_agrees_with_the_reference(pattern, placement, window, precision):
+    """Each case compiles a forward and a backward, which takes longer than all else here."""
+    dtype, bound = precision
+    layout = make(rows=LENGTHS, pattern=pattern, placement=placement)
+    check(flex.make_attend(), layout=layout, dtype=dtype, bound=bound, window=window)

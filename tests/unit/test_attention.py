@@ -12,7 +12,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from anchor_context.attention import flash, flex, reference
+from anchor_context.attention import flash, flex, kernels, reference
 from anchor_context.attention.kernels import KERNELS, Spans, choose_kernel
 from anchor_context.attention.patterns import attended_pairs, make_layout, mask_predicate
 from anchor_context.engine import make_engine
@@ -321,6 +321,49 @@ def test_the_kernel_choice_says_why():
 def test_a_forced_kernel_that_cannot_run_says_why(name):
     with pytest.raises(ValueError, match=f"{name}: .*(not installed|needs a CUDA device)"):
         choose_kernel(CPU, torch.bfloat16, name=name)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "says"),
+    [
+        ("2.6.3", (9, 0), "older than 2.7"),
+        ("2.8.3", (7, 5), "compute capability 8.0 or newer, not 7.5"),
+        ("2.8.3", (9, 0), "installed but does not load"),  # it is not there to be imported
+    ],
+)
+def test_a_flash_attn_that_would_fail_is_not_chosen(monkeypatch, version, capability, says):
+    monkeypatch.setattr(kernels.metadata, "version", lambda name: version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = KERNELS["flash_attn"].unavailable(torch.device("cuda"), torch.bfloat16)
+    assert says in reason
+    if capability >= (8, 0):
+        chosen, why = choose_kernel(torch.device("cuda"), torch.bfloat16)
+        assert chosen.name == "torch_varlen" and says in why
+
+
+def test_the_cpu_kernel_holds_spans_to_the_maxima_that_cuda_kernels_need():
+    (q, k, v), _ = qkv(1)
+    spans = Spans(*[torch.tensor([0, ROW], dtype=torch.int32)] * 2, ROW - 1, ROW)
+    with pytest.raises(AssertionError, match="maxima too small"):
+        KERNELS["torch_cpu"].forward(
+            *map(flash.flatten_rows, (q, k, v)), spans, causal=True, scale=1.0, window=None
+        )
+
+
+def test_flex_makes_a_mask_once_per_layout(monkeypatch):
+    made = []
+    dense_mask = flex.dense_mask
+    monkeypatch.setattr(flex, "dense_mask", lambda *a, **k: made.append(a) or dense_mask(*a, **k))
+    attend = flex.make_attend()
+    layouts = [
+        random_layout(documents=3, batch_size=1, pattern="anchor", placement="shared")
+        for _ in range(2)
+    ]
+    (q, k, v), _ = qkv(1)
+    for layout in layouts:
+        for _layer in range(3):
+            attend(q, k, v, layout, scale=1.0)
+    assert [layout for (layout,) in made] == layouts
 
 
 def test_flash_refuses_a_shared_anchor():

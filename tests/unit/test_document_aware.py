@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from anchor_context.library_modified_files.document_aware import document_aware
@@ -42,9 +43,9 @@ def intra_doc(monkeypatch):
     monkeypatch.setenv("ANCHOR_CONTEXT_PATTERN", "intra_doc")
 
 
-def taken(function, mask: Tensor | None, positions: Tensor = POSITIONS) -> bool:
+def taken(function, mask, positions: Tensor = POSITIONS, **settings) -> bool:
     """Whether the call attends by document, rather than as the library would."""
-    out, _ = function(Layer(), *qkv(), mask, position_ids=positions)
+    out, _ = function(Layer(), *qkv(), mask, position_ids=positions, **settings)
     return isinstance(out, Tensor)
 
 
@@ -76,6 +77,41 @@ def test_masks_and_positions_of_inference_mode_are_read_at_every_call(intra_doc)
         mask.copy_(own_documents([2, 4]))
         positions.copy_(torch.tensor([[0, 1, 0, 1, 2, 3]]))
         assert taken(function, mask, positions)
+
+
+def test_a_window_in_the_mask_must_be_the_calls(intra_doc):
+    function = document_aware(library_function, engine="flex")
+    narrow = own_documents([3, 3]) & ~CAUSAL.tril(-2)
+    assert taken(function, narrow, sliding_window=2)
+    assert not taken(function, narrow)
+    assert not taken(function, own_documents([3, 3]), sliding_window=2)
+
+
+def test_with_boundaries_a_causal_mask_may_come_and_no_other(intra_doc):
+    """The library cannot make more of boundaries that positions do not repeat."""
+    function = document_aware(library_function, engine="flex")
+    boundaries, positions = torch.tensor([0, 3, 6]), torch.arange(6)[None]
+    for mask in (None, CAUSAL[None, None], own_documents([3, 3])):
+        assert taken(function, mask, positions, cu_seq_lens_q=boundaries)
+    for mask in (torch.eye(6)[None, None].bool(), ~CAUSAL[None, None], torch.ones(1, 6)):
+        assert not taken(function, mask, positions, cu_seq_lens_q=boundaries)
+
+
+def test_a_block_mask_of_the_callers_own_stays_in_force(intra_doc):
+    function = document_aware(library_function, engine="flex")
+    document = torch.tensor([0, 0, 0, 1, 1, 1])
+
+    def block_mask(visible):
+        return create_block_mask(visible, B=1, H=None, Q_LEN=6, KV_LEN=6, device="cpu")
+
+    causal = block_mask(lambda b, h, q, k: q >= k)
+    prefix = block_mask(lambda b, h, q, k: (q >= k) | (k < 3))
+    own = block_mask(lambda b, h, q, k: (q >= k) & (document[q] == document[k]))
+    assert taken(function, own)
+    assert not taken(function, causal) and not taken(function, prefix)
+    boundaries, positions = torch.tensor([0, 3, 6]), torch.arange(6)[None]
+    assert taken(function, causal, positions, cu_seq_lens_q=boundaries)
+    assert not taken(function, prefix, positions, cu_seq_lens_q=boundaries)
 
 
 def ways(engine: str):

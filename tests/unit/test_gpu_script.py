@@ -53,3 +53,17 @@ def test_a_bad_part_is_left_out_and_the_others_are_kept(kept, tmp_path, monkeypa
     assert {line["benchmark"] for line in record["benchmarks"]} == {"attention", "train_step"}
     assert record["tests"] == "2 passed in 1 s"
     assert "packing is left out" in capsys.readouterr().err
+
+
+def test_tests_that_were_ended_have_no_result(tmp_path, monkeypatch):
+    """The last line of pytest is then a row of dots."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import collect
+
+    monkeypatch.setattr(collect, "RESULTS", tmp_path)
+    found = tmp_path / "found"
+    found.mkdir()
+    (found / "attention.json").write_text(RESULT.replace("NAME", "attention"))
+    (found / "tests.log").write_text("......s..")
+    collect.save(found)
+    assert json.loads((tmp_path / "some-gpu.json").read_text())["tests"] == "did not finish"

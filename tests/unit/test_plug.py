@@ -75,6 +75,7 @@ def test_documents_make_one_row_with_an_anchor_each():
 def test_documents_share_one_anchor_for_flex():
     batch = AnchorDataCollator(TOKENIZER, engine="flex")(features())
     assert batch["input_ids"].tolist() == [[1, 11, 12, 13, 14, 15, 16, 17, 18, 19]]
+    assert batch["labels"].tolist() == [[NO, NO, 12, 13, NO, 15, NO, 17, 18, 19]]
     assert batch["shift_labels"].tolist() == [[NO, 12, 13, NO, 15, NO, 17, 18, 19, NO]]
     assert batch["position_ids"].tolist() == [list(range(10))]
     assert batch["layout"].cu_seqlens.tolist() == [0, 1, 4, 6, 10]
@@ -198,6 +199,20 @@ def test_flash_without_anchors_is_refused_and_says_how():
         model(**batch)
 
 
+def test_documents_that_start_alike_have_no_anchor_for_that():
+    batch = DataCollatorWithFlattening()([{"input_ids": [9, 5, 6]}, {"input_ids": [9, 7]}])
+    model = patch_model(tiny_llama(), engine="flash", pattern="anchor")
+    with pytest.raises(ValueError, match=r"BOS or EOS, \[1, 2\].*start with the tokens \[9\]"):
+        model(**batch)
+
+
+def test_padding_behind_the_last_boundary_needs_no_anchor():
+    model = patch_model(tiny_llama(), engine="flash", pattern="anchor")
+    tokens, boundaries = torch.tensor([[1, 5, 6, 1, 7, 0, 0]]), torch.tensor([0, 3, 5])
+    padded = model(tokens, cu_seq_lens_q=boundaries).logits[:, :5]
+    torch.testing.assert_close(padded, model(tokens[:, :5], cu_seq_lens_q=boundaries).logits)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -210,6 +225,30 @@ def test_a_call_without_boundaries_is_an_error(call):
     model = patch_model(tiny_llama())
     with pytest.raises(ValueError, match="does not say where documents are"):
         model(input_ids=torch.tensor([[1, 2, 3, 4]]), **call)
+
+
+def test_a_layout_of_other_tokens_is_an_error():
+    """Half of a batch with the whole batch's layout: what torch's DataParallel makes."""
+    rows = [{"input_ids": [1, 5, 6], "seq_lengths": [3]}] * 2
+    batch = AnchorDataCollator(TOKENIZER)(rows)
+    model = patch_model(tiny_llama())
+    with pytest.raises(ValueError, match=r"layout is of \(2, 3\) tokens, the call of \(1, 3\)"):
+        model(input_ids=batch["input_ids"][:1], layout=batch["layout"])
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (torch.tensor([[0] + [1] * 11]), "shuts out tokens"),
+        (torch.ones(1, 1, 12, 12).bool(), "LlamaAttention was given an attention_mask"),
+    ],
+)
+def test_a_mask_of_the_callers_own_is_an_error(mask, says):
+    batch = AnchorDataCollator(TOKENIZER)(features())
+    model = patch_model(tiny_llama())
+    assert model(**batch, attention_mask=torch.ones(1, 12)).loss.isfinite()
+    with pytest.raises(ValueError, match=says):
+        model(**batch, attention_mask=mask)
 
 
 def test_mismatches_are_errors():
@@ -298,6 +337,11 @@ def test_packed_positions(positions, starts):
         batch_size=positions.shape[0], row_length=positions.shape[1], position_ids=positions
     )
     assert (None if found is None else found.tolist()) == starts
+
+
+def test_positions_of_images_say_nothing():
+    positions = torch.arange(6).expand(3, 1, 6)
+    assert document_starts(batch_size=1, row_length=6, position_ids=positions) is None
 
 
 def test_boundaries_leave_padding_and_row_ends():

@@ -486,6 +486,32 @@ def test_every_pattern_has_its_axes_in_the_pictures(tmp_path):
         assert all(axes.has_data() for axes in figure.axes), name
 
 
+@pytest.mark.parametrize(
+    ("config_class", "settings", "flags"),
+    [
+        (MistralConfig, {"sliding_window": 16}, "--lengths 256,512 --queries 4 --documents 1"),
+        (
+            Qwen2Config,
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+            "--lengths 64,128",
+        ),
+    ],
+)
+def test_layers_that_see_less_leave_cells_empty(tmp_path, config_class, settings, flags):
+    """A window hides the far bins of distances from some rows, patterns or layers."""
+    make_model(config_class, **settings).config.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    main(
+        f"precision --model {tmp_path}/model --random-weights --out {out} --shifts 16 "
+        f"--dtypes bfloat16 {flags}".split()
+    )
+    assert "by_token.png" in (out / "report.md").read_text()
+    with (out / "tokens.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    filled = [sum(v != "" for k, v in row.items() if k.startswith("distance_")) for row in rows]
+    assert min(filled) < max(filled)
+
+
 def test_a_models_own_weights_on_a_text(tmp_path):
     texts = standard_library_texts(at_most_characters=20_000)
     tokenizer = train_tokenizer(texts, vocab_size=512)
