@@ -1,6 +1,6 @@
 """Train a Hugging Face LLaMA, Mistral or Qwen model on long rows of packed documents with AnchorAttention.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes 2 train.py \\
+    python -m anchor_context.launch --config_file accelerate_configs/cpu.yaml --num_processes 2 train.py \\
         --model_name_or_path MODEL --dataset 'data/*.jsonl' --seq-length 4096 --output-dir output/run
 
 Reads straight down: flags, checks, distributed, data, model, optimiser, resume, loop, save. What it computes
@@ -48,7 +48,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from anchor_context.agreement import EXIT_TRY_AGAIN, PreemptionGuard, on_one_rank
+from anchor_context.agreement import EXIT_TRY_AGAIN, PreemptionGuard, on_each_machine, on_one_rank
 from anchor_context.attention.calls import sliding_window_of
 from anchor_context.attention.patterns import PATTERNS, check_pattern
 from anchor_context.checkpoint import (
@@ -78,6 +78,7 @@ from anchor_context.parallel.shard import check_row_length, shard_batch
 from anchor_context.parallel.ulysses import check_heads
 from anchor_context.rope.float32 import rotate_in_float32
 from anchor_context.rope.scaling import apply_rope_settings
+from anchor_context.summary import summary
 from anchor_context.util import setup_debugpy
 
 # --------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ class Flags:
     warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, on matrices only"})
     max_grad_norm: float = field(
-        default=1.0, metadata={"help": "clip the global gradient norm to this"}
+        default=1.0, metadata={"help": "clip the global gradient norm to this; 0: never"}
     )
     mixed_precision: Literal["no", "bf16"] = field(
         default="bf16", metadata={"help": "no: float32 throughout"}
@@ -331,10 +332,11 @@ def main(flags: Flags) -> None:
         seed=flags.seed,
         num_proc=flags.num_proc,
     )
-    on_one_rank(
-        accelerator, lambda: prepare() and None
-    )  # what is wrong is found once, for all ranks
-    prepared = prepare()  # from the cache; on a machine that does not share it, anew
+    on_each_machine(
+        accelerator, prepare
+    )  # where they share the cache, one prepares and the others wait
+    prepared = prepare()
+    check_chunks(flags, interleaved=prepared.interleaved)
     window = sliding_window_of(config)
     if window is not None:
         crosses = PATTERNS[flags.attention_pattern].crosses_documents
@@ -351,6 +353,7 @@ def main(flags: Flags) -> None:
     rows_per_step = flags.batch_size * flags.gradient_accumulate_every * grid.data_degree
     steps_left = max(0, -(-(len(prepared) - rows) // rows_per_step))  # of one epoch
     max_steps = flags.max_train_steps or step + steps_left
+    check_steps(flags, done=step, max_steps=max_steps)
     one_epoch = None if flags.max_train_steps else len(prepared)
 
     # ----------------------------------------------------------------------------------------------
@@ -475,13 +478,15 @@ def main(flags: Flags) -> None:
                     # At the step's last micro-batch this also reduces, clips and updates.
                     accelerator.backward(loss_sum * scale, scale_wrt_gas=False)
                 step_loss += loss_sum.detach()
-            schedule = batch["layout"].schedule if grid.ring_degree > 1 else None
-            if schedule is not None and step == first_step and accelerator.is_main_process:
-                tqdm.write(f"ring     of the first rows: {schedule}")
+            ring_plan = batch["layout"].schedule if grid.ring_degree > 1 else None
+            if ring_plan is not None and step == first_step and accelerator.is_main_process:
+                tqdm.write(f"ring     of the first rows: {ring_plan}")
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
             step += 1
             rows += rows_per_step
+            if one_epoch is not None:  # the last step may have been filled up with blank rows
+                rows = min(rows, one_epoch)
             tokens_seen += batch["step_tokens"]
             profiler.after(step, final=step == max_steps)
             unlogged.append(
@@ -495,7 +500,7 @@ def main(flags: Flags) -> None:
                     "tokens": batch["step_tokens"],
                     "pairs": batch["step_pairs"],
                     "comm_bytes": engine.account.take(),
-                    "ring_imbalance": None if schedule is None else schedule.imbalance,
+                    "ring_imbalance": None if ring_plan is None else ring_plan.imbalance,
                 }
             )
             progress.update()
@@ -583,6 +588,13 @@ def main(flags: Flags) -> None:
     progress.close()
     if accelerator.is_main_process:
         plot_loss(output / "metrics.jsonl", output / "loss.png")
+        if step == max_steps:
+            print(summary(output), flush=True)
+    for (
+        tracker
+    ) in accelerator.trackers:  # on the main rank they upload: the others must not leave before
+        tracker.finish()
+    accelerator.trackers.clear()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if bad_in_a_row >= flags.max_bad_steps:
@@ -629,18 +641,13 @@ def check_flags(flags: Flags) -> None:
     ):
         if getattr(flags, name) < 0:
             raise ValueError(f"--{name} {getattr(flags, name)} must not be negative")
-    if flags.max_train_steps is not None and flags.warmup_steps > flags.max_train_steps:
-        raise ValueError(
-            f"--warmup_steps {flags.warmup_steps} is more than --max-train-steps {flags.max_train_steps}"
-        )
+    if flags.max_train_steps is not None:
+        check_steps(flags, done=0, max_steps=flags.max_train_steps)
     if flags.attn_kernel is not None and flags.attn_engine != "flash":
         raise ValueError(f"--attn_kernel {flags.attn_kernel} belongs to --attn_engine flash")
     if flags.profile_steps is not None:
         parse_profile_steps(flags.profile_steps)
-    if flags.interleave_chunks and flags.attn_engine == "flash":
-        raise ValueError(
-            "--interleave_chunks needs --attn_engine flex: its documents lie in several pieces"
-        )
+    check_chunks(flags, interleaved=flags.interleave_chunks)
     if flags.attn_engine == "flex" and flags.parallel_mode in ("ring_attn", "hybrid_attn"):
         raise ValueError(
             f"--attn_engine flex does not run under --parallel_mode {flags.parallel_mode}; "
@@ -648,6 +655,28 @@ def check_flags(flags: Flags) -> None:
         )
     if flags.attn_engine == "flash" and flags.anchor_placement == "shared":
         raise ValueError("--anchor_placement shared needs --attn_engine flex")
+
+
+def check_steps(flags: Flags, *, done: int, max_steps: int) -> None:
+    """Raise `ValueError` unless `max_steps` leave room for the warm-up, and for the steps already `done`."""
+    if flags.warmup_steps > max_steps:
+        raise ValueError(
+            f"--warmup_steps {flags.warmup_steps} is more than the {max_steps} steps of the run "
+            "(--max-train-steps, or one epoch)"
+        )
+    if done > max_steps:
+        raise ValueError(
+            f"--max-train-steps {max_steps}: the run to resume is at step {done} already; ask for more"
+        )
+
+
+def check_chunks(flags: Flags, *, interleaved: bool) -> None:
+    """Raise `ValueError` if rows hold documents in several pieces and the engine reads boundaries only."""
+    if interleaved and flags.attn_engine == "flash":
+        raise ValueError(
+            "--interleave_chunks (given, or the rows were prepared with it) needs --attn_engine flex: "
+            "documents lie in several pieces"
+        )
 
 
 def check_output_is_free(output: Path, flags: Flags) -> None:
@@ -694,7 +723,7 @@ def plan_grid(flags: Flags) -> RankGrid:
     """This rank's place: data × ring × Ulysses, from the flags and the launcher's ranks."""
     if "WORLD_SIZE" not in os.environ or os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         raise ValueError(
-            "train.py runs under Accelerate with DeepSpeed: accelerate launch "
+            "train.py runs under Accelerate with DeepSpeed: python -m anchor_context.launch "
             "--config_file accelerate_configs/cpu.yaml --num_processes 1 train.py …"
         )
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
@@ -879,6 +908,7 @@ def finish_record(
         full_pairs: the attention pairs of the step's rows if every token saw all before it.
         peak: bfloat16 operations per second of all GPUs together.
     """
+    entry = dict(entry)
     tokens, pairs = entry.pop("tokens"), entry.pop("pairs")
     mean_loss, norm = loss / max(1, entry["target_tokens"]), float(entry["grad_norm"])
     mfu = mfu_if_full = None

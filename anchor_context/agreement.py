@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 
 Result = TypeVar("Result")
 
@@ -37,20 +37,35 @@ def on_one_rank(accelerator: Accelerator, work: Callable[[], Result], *, rank: i
 
     `work` must not enter collectives. Its result and its error travel pickled between the ranks.
     """
-    here = accelerator.process_index == rank
+    return _on_ranks(accelerator, work, here=accelerator.process_index == rank)[rank]
+
+
+def on_each_machine(accelerator: Accelerator, work: Callable[[], object]) -> None:
+    """Run `work` on the first rank of every machine, as `on_one_rank`; the first error is every rank's."""
+
+    def without_result() -> None:
+        work()
+
+    _on_ranks(accelerator, without_result, here=accelerator.is_local_main_process)
+
+
+def _on_ranks(
+    accelerator: Accelerator, work: Callable[[], Result], *, here: bool
+) -> list[Result | None]:
+    """Run `work` on the ranks that are `here`: each rank's result, on all ranks."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         future = thread.submit(work) if here else None
         while True:
-            news = [None]  # or (result, error)
-            if here and wait([future], timeout=HEARTBEAT_SECONDS).done:
-                error = future.exception()
-                news = [(None if error else future.result(), error)]
-            broadcast_object_list(news, from_process=rank)
-            if news[0] is not None:
-                result, error = news[0]
+            done, result, error = future is None, None, None
+            if future is not None and wait([future], timeout=HEARTBEAT_SECONDS).done:
+                done, error = True, future.exception()
+                result = None if error else future.result()
+            news = gather_object([(done, result, error)])
+            for _, _, error in news:
                 if error is not None:
                     raise error
-                return result
+            if all(done for done, _, _ in news):
+                return [result for _, result, _ in news]
 
 
 class PreemptionGuard:

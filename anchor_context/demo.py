@@ -85,9 +85,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--characters", type=int, default=3_000_000)
     transformers_logging.disable_progress_bar()
-    output, characters = parser.parse_args().output, parser.parse_args().characters
+    flags = parser.parse_args()
+    output = flags.output
     output.mkdir(parents=True, exist_ok=True)
-    texts = standard_library_texts(at_most_characters=characters)
+    texts = standard_library_texts(at_most_characters=flags.characters)
     with (output / "documents.jsonl").open("w") as stream:
         stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     tokenizer = train_tokenizer(texts, vocab_size=2048)

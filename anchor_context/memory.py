@@ -104,6 +104,14 @@ def choose_memory_plan(
             f"offload asked for; on the {device.type} there is nowhere else to keep them"
         )
 
+    if checkpointing != "none" and not model.supports_gradient_checkpointing:
+        why_not = f"transformers cannot checkpoint {model.config.model_type}"
+        if gradient_checkpointing != "auto":
+            raise ValueError(
+                f"--gradient_checkpointing {gradient_checkpointing} cannot work here: {why_not}; use auto"
+            )
+        checkpointing, checkpointing_reason = "none", why_not
+
     tile, tile_reason = tiled_mlp == "yes", "--tiled_mlp"
     if tiled_mlp == "auto":
         tile = row_tokens_per_rank >= TILE_MLP_FROM
@@ -138,7 +146,7 @@ def _why_no_liger(model: PreTrainedModel, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"its kernels are Triton's, for CUDA, and this is {device.type}"
     if not liger_available(device):
-        return "not installed: pip install liger-kernel"
+        return "not installed: pip install liger-kernel==0.8.5"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     kind = model.config.model_type

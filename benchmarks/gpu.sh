@@ -19,7 +19,7 @@ if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; 
     exit 2
 fi
 "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("liger_kernel"))' ||
-    echo "note: liger-kernel is not installed (pip install liger-kernel): the tiled loss is measured instead"
+    echo "note: liger-kernel is not installed (pip install liger-kernel==0.8.5): the tiled loss is measured instead"
 
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
 export PYTORCH_ALLOC_CONF=expandable_segments:True # long rows leave no room for fragments

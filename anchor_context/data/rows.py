@@ -140,6 +140,11 @@ class PreparedRows:
         return self.report["anchor_placement"]
 
     @property
+    def interleaved(self) -> bool:
+        """Whether documents lie in several pieces, shuffled within their row."""
+        return self.manifest["fingerprint"]["options"]["interleave_chunks"]
+
+    @property
     def report(self) -> dict:
         """The account: `document_tokens + anchors_added + pad_tokens == rows * row_length`."""
         return self.manifest["report"]

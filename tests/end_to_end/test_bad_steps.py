@@ -14,6 +14,12 @@ from anchor_context.checkpoint import verify_checkpoint
 
 HOOK = """\
     import os
+    if os.environ.get("RANK") == "1":  # its clock stands still; for train.py alone, others wait by it
+        import sys, time
+        monotonic = time.monotonic
+        time.monotonic = lambda: (
+            0.0 if sys._getframe(1).f_globals["__name__"] == "__main__" else monotonic()
+        )
     if "RANK" in os.environ:
         from anchor_context.loss import CausalLMWithLoss
         forward, calls = CausalLMWithLoss.forward, []
@@ -64,7 +70,7 @@ def test_bad_steps_are_skipped_on_all_ranks_and_counted(tiny, row_cache, poison,
     assert {path.name for path in (output / "checkpoints").iterdir()} == {
         "checkpoint_5_20",
         "checkpoint_6_24",
-    }, "every step took longer, and the newest two are kept"
+    }, "every step took longer by the main rank's clock, and the newest two are kept"
     bad = bad_steps(output)
     assert [step["step"] for step in bad] == [3, 4]
     rows = [row for step in bad for row in step["rows"]]

@@ -249,3 +249,16 @@ def test_another_seed_is_another_run(undisturbed, corpus, cache, tmp_path):
         run.finish(0)
     for got, same_seed in zip(metrics(tmp_path / "run"), metrics(undisturbed), strict=False):
         assert got["loss"] != same_seed["loss"]
+
+
+@pytest.mark.slow
+def test_blank_rows_that_fill_an_epochs_last_step_are_no_rows_done(corpus, cache, tmp_path):
+    """A run that goes on into the next epoch would leave out so many of its rows."""
+    output = tmp_path / "run"
+    flags = ("--gradient-accumulate-every", "7", "--checkpoint_every", "1", *cache)
+    with started(corpus, 2, output, *flags) as run:
+        run.finish(0)
+    rows = json.loads((output / "args.json").read_text())["data"]["rows"]
+    steps = len(metrics(output))
+    assert rows % 14 > 0 and steps == rows // 14 + 1
+    assert complete(output)[-1].name == f"checkpoint_{steps}_{rows}"

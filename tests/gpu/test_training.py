@@ -26,7 +26,8 @@ CUDA = torch.device("cuda")
 ROW, VOCABULARY = 512, 1000
 NOTHING = MemoryPlan("none", "", False, "", False, "")
 needs_liger = pytest.mark.skipif(
-    not liger_available(CUDA), reason="liger-kernel is not installed (pip install liger-kernel)"
+    not liger_available(CUDA),
+    reason="liger-kernel is not installed (pip install liger-kernel==0.8.5)",
 )
 
 

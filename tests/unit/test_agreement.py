@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch.distributed
 import torch.multiprocessing as mp
 
 from anchor_context import agreement
-from anchor_context.agreement import PreemptionGuard, on_one_rank
+from anchor_context.agreement import PreemptionGuard, on_each_machine, on_one_rank
 
 
 def start(ranks: int, job, folder: Path):
@@ -62,6 +63,7 @@ def agree(rank: int, folder: Path, accelerator) -> None:
         on_one_rank(accelerator, fails)
     assert (caught.value.errno, caught.value.filename) == (2, "/somewhere")
     assert on_one_rank(accelerator, lambda: None) is None
+    each_machine_once(rank, accelerator)
 
     signalled_at_the_door(rank)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -89,6 +91,32 @@ def agree(rank: int, folder: Path, accelerator) -> None:
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
     (folder / f"done{rank}").touch()
+
+
+def each_machine_once(rank: int, accelerator) -> None:
+    """Two ranks of one machine, then as if each were a machine's first, with a cache of its own."""
+    ran = []
+    on_each_machine(accelerator, lambda: ran.append(rank))
+    assert ran == [0][: 1 - rank]
+
+    def prepares_for_longer_on_the_second() -> object:
+        threading.Event().wait(0.1 * rank)
+        ran.append("own")
+        return threading.Lock()  # what it returns does not travel: this could not
+
+    machine = SimpleNamespace(is_local_main_process=True)
+    on_each_machine(machine, prepares_for_longer_on_the_second)
+    assert ran[-1] == "own"
+    together = [None, None]
+    torch.distributed.all_gather_object(together, ran)
+    assert together == [[0, "own"], ["own"]]
+
+    def fails_on_the_second() -> None:
+        if rank == 1:
+            raise ValueError("rows.jsonl, line 3: broken")
+
+    with pytest.raises(ValueError, match="line 3"):
+        on_each_machine(machine, fails_on_the_second)
 
 
 def signalled_at_the_door(rank: int) -> None:

@@ -309,6 +309,16 @@ def test_offload_on_the_cpu_is_full_and_says_so():
     assert "offload asked for" in plan.gradient_checkpointing_reason
 
 
+def test_a_model_that_transformers_cannot_checkpoint_is_not_checkpointed(monkeypatch):
+    monkeypatch.setattr(type(LLAMA), "supports_gradient_checkpointing", False)
+    asked = {"device": CPU, "row_tokens_per_rank": 1_048_576}
+    plan = choose_memory_plan(LLAMA, **asked)
+    assert plan.gradient_checkpointing == "none"
+    assert plan.gradient_checkpointing_reason == "transformers cannot checkpoint llama"
+    with pytest.raises(ValueError, match="--gradient_checkpointing full cannot work here"):
+        choose_memory_plan(LLAMA, gradient_checkpointing="full", **asked)
+
+
 @pytest.mark.parametrize("family", [Phi3Config, Starcoder2Config, Glm4Config])
 def test_auto_tiles_no_other_mlps(family):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}

@@ -16,7 +16,6 @@ LAYERS = {  # path prefix -> layer; the longest prefix that matches counts
     "anchor_context/plug.py": 5,
     # Commands stand at the top: they put rooms together.
     "anchor_context/demo.py": 5,
-    "anchor_context/summary.py": 5,
     "anchor_context/evaluate.py": 5,
     "anchor_context/data/__main__.py": 5,
     "anchor_context/rope/__main__.py": 5,
@@ -28,6 +27,7 @@ LAYERS = {  # path prefix -> layer; the longest prefix that matches counts
     "anchor_context/attention/flash.py": 2,
     "anchor_context/attention/flex.py": 2,
     "anchor_context/packed.py": 2,
+    "anchor_context/summary.py": 2,
     "anchor_context/attention/patterns.py": 1,
     "anchor_context/attention/calls.py": 1,
     "anchor_context/data/": 1,

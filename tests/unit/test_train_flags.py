@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import train
 from anchor_context.parallel.groups import RankGrid
 
+ROOT = Path(__file__).parents[2]
 GOOD = train.Flags(model_name_or_path="model", dataset="data.jsonl", seq_length=4096)
 
 UPSTREAM_LINE = (
@@ -147,7 +148,7 @@ def launched(monkeypatch) -> None:
 
 def test_a_plain_python_start_says_how_to_launch(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ValueError, match="accelerate launch"):
+    with pytest.raises(ValueError, match="python -m anchor_context.launch"):
         train.plan_grid(GOOD)
 
 
@@ -309,3 +310,37 @@ def test_the_run_tells_each_sources_share_before_and_after_sampling():
     assert train.describe_sources({"all": {"before": 1.0, "after": 1.0}}) == []
     many = {str(i): {"before": 0.1, "after": 0.1} for i in range(10)}
     assert train.describe_sources(many)[0].endswith("7 10.0% -> 10.0%, 2 more")
+
+
+def test_matrices_decay_and_vectors_do_not():
+    """Also where ZeRO-3 holds a flat part of a matrix, which knows its shape."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+    frozen, partitioned = model[1].bias, torch.nn.Parameter(torch.zeros(4))
+    frozen.requires_grad_(False)
+    partitioned.ds_shape = (2, 2)
+    model.register_parameter("partitioned", partitioned)
+    matrices, vectors = train.parameter_groups(model, weight_decay=0.1)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    shapes = [[tuple(p.shape) for p in group["params"]] for group in (matrices, vectors)]
+    assert shapes == [[(4,), (3, 2)], [(3,), (3,)]]
+
+
+@pytest.mark.parametrize(
+    ("change", "done", "says"),
+    [
+        ({"warmup_steps": 7}, 0, "--warmup_steps 7 is more than the 6 steps"),
+        ({}, 7, "--max-train-steps 6: the run to resume is at step 7"),
+    ],
+)
+def test_steps_that_do_not_fit_the_run_are_refused(change, done, says):
+    train.check_steps(replace(GOOD, warmup_steps=6), done=6, max_steps=6)
+    with pytest.raises(ValueError, match=says):
+        train.check_steps(replace(GOOD, **change), done=done, max_steps=6)
+
+
+def test_rows_in_several_pieces_need_flex():
+    """Also where only the prepared set that is named as the data says so."""
+    train.check_chunks(GOOD, interleaved=False)
+    train.check_chunks(replace(GOOD, attn_engine="flex"), interleaved=True)
+    with pytest.raises(ValueError, match="--attn_engine flex"):
+        train.check_chunks(GOOD, interleaved=True)
