@@ -2,8 +2,8 @@
 # Sets up and trains. On a machine without a GPU: a tiny LLaMA on two CPU processes, with DeepSpeed ZeRO-3,
 # Ulysses and AnchorAttention, on the Python standard library's source code. With GPUs: on all of them.
 #
-# From the environment: MODEL DATASET DATA_FORMAT SEQ_LENGTH ENGINE PARALLEL_MODE NPROC MAX_STEPS OUTPUT;
-# further flags of train.py go behind the command: bash demo_llama.sh --attention_pattern full
+# From the environment: MODEL DATASET DATA_FORMAT SEQ_LENGTH ENGINE PARALLEL_MODE NPROC MAX_STEPS LEARNING_RATE
+# OUTPUT; further flags of train.py go behind the command: bash demo_llama.sh --attention_pattern full
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source setup.sh requirements.txt
@@ -22,13 +22,15 @@ if [ "$GPUS" -gt 0 ]; then
     NPROC=${NPROC:-$GPUS} CONFIG=accelerate_configs/single_node.yaml PRECISION=bf16
 else
     NPROC=${NPROC:-2} CONFIG=accelerate_configs/cpu.yaml PRECISION=no
+    export DS_ACCELERATOR=cpu # or every process of DeepSpeed warns that it found no GPU
 fi
 
 if [ -e "$OUTPUT/args.json" ] && [[ " $* " != *" --resume"[\ =]* ]]; then
     echo "$OUTPUT holds an earlier run; nothing was resumed and nothing overwritten:"
     python -m anchor_context.summary "$OUTPUT"
     echo "Continue it with    MAX_STEPS=$((2 * MAX_STEPS)) bash demo_llama.sh --resume auto"
-    echo "or start another    OUTPUT=output/another bash demo_llama.sh"
+    echo "or start another    OUTPUT=output/another bash demo_llama.sh $*"
+    [ $# -eq 0 ] || { echo "error: these flags were not used: $*" >&2; exit 2; }
     exit 0
 fi
 
@@ -41,13 +43,15 @@ fi
 if [ -z "${MODEL:-}" ] || [ -z "${DATASET:-}" ]; then
     [ -e output/demo_data/model/config.json ] || python -m anchor_context.demo output/demo_data
 fi
+[ -n "${MODEL:-}" ] || LEARNING_RATE=${LEARNING_RATE:-4e-3} # random weights bear, and need, a high rate
 MODEL=${MODEL:-output/demo_data/model}
 DATASET=${DATASET:-output/demo_data/documents.jsonl}
 
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# As `accelerate launch`, and with the exit code of train.py: 75 where a signal stopped it (see README).
-python -m anchor_context.launch --config_file "$CONFIG" --num_processes "$NPROC" train.py \
+# As `accelerate launch`, and with the exit code of train.py: 75 where a signal stopped it (see README). In the
+# place of this shell, so that signals reach it.
+exec python -m anchor_context.launch --config_file "$CONFIG" --num_processes "$NPROC" train.py \
     --model_name_or_path "$MODEL" \
     --dataset "$DATASET" \
     --data-format "$DATA_FORMAT" \
@@ -56,13 +60,12 @@ python -m anchor_context.launch --config_file "$CONFIG" --num_processes "$NPROC"
     "${LAYOUT[@]}" \
     --mixed_precision "$PRECISION" \
     --max-train-steps "$MAX_STEPS" \
-    --learning-rate 4e-3 \
+    --learning-rate "${LEARNING_RATE:-2e-5}" \
     --lr_scheduler_type cosine \
     --warmup_steps "$((MAX_STEPS < 10 ? MAX_STEPS : 10))" \
     --checkpoint_every "$MAX_STEPS" \
     --output-dir "$OUTPUT" \
     "$@"
-python -m anchor_context.summary "$OUTPUT"
 
 # The real thing, LLaMA-2-7B at 65,536 tokens on one machine with 8 GPUs:
 #

@@ -5,7 +5,7 @@
 # Uses the active environment if it satisfies them, else makes and fills .venv beside this file.
 
 _setup() {
-    local root files=() file python arguments=()
+    local root files=() file python arguments=() pip
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     [ $# -gt 0 ] || set -- requirements.txt
     for file in "$@"; do files+=("$root/$file"); done
@@ -16,7 +16,7 @@ _setup() {
     fi
     if _satisfied "$root/.venv/bin/python" "${files[@]}"; then
         source "$root/.venv/bin/activate"
-        echo "setup: using $root/.venv"
+        echo "setup: using $root/.venv (in your own shell: source $root/.venv/bin/activate)"
         return
     fi
     if ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -29,9 +29,11 @@ _setup() {
     fi
     echo "setup: installing $* (once; a few minutes)"
     for file in "${files[@]}"; do arguments+=(-r "$file"); done
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check packaging "${arguments[@]}"
+    pip=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+    "${pip[@]}" packaging wheel # wheel, or an old pip complains of packages that it has to build
+    "${pip[@]}" "${arguments[@]}"
     source "$root/.venv/bin/activate"
-    echo "setup: using $root/.venv"
+    echo "setup: using $root/.venv (in your own shell: source $root/.venv/bin/activate)"
 }
 
 # Does this Python have every requirement, in a version that fits?

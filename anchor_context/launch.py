@@ -23,6 +23,7 @@ import sys
 from contextlib import suppress
 
 import psutil
+import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from termcolor import colored
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -44,6 +45,8 @@ def main(arguments: list[str]) -> int:
         if not ranks:
             sys.exit(EXIT_TRY_AGAIN)
 
+    if not torch.cuda.is_available():  # or every rank's DeepSpeed warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # torchrun's own handlers would raise in the launcher; of these two signals it is told to keep off.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     for number in PreemptionGuard.SIGNALS:

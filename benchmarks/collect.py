@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,7 +52,7 @@ def save(folder: Path) -> None:
     name = re.sub(r"[^a-z0-9]+", "-", on_gpu[0].split(",")[0].lower()).strip("-")
     record = {
         "hardware": on_gpu[0],
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "commit": commit.stdout.strip() or None,
         "tests": tests[0],
         "benchmarks": lines,
