@@ -43,7 +43,7 @@ fi
 if [ -z "${MODEL:-}" ] || [ -z "${DATASET:-}" ]; then
     [ -e output/demo_data/model/config.json ] || python -m anchor_context.demo output/demo_data
 fi
-[ -n "${MODEL:-}" ] || LEARNING_RATE=${LEARNING_RATE:-4e-3} # random weights bear, and need, a high rate
+[ -n "${MODEL:-}" ] || LEARNING_RATE=${LEARNING_RATE:-2e-3} # random weights bear, and need, a high rate
 MODEL=${MODEL:-output/demo_data/model}
 DATASET=${DATASET:-output/demo_data/documents.jsonl}
 
