@@ -10,7 +10,6 @@ is in `anchor_context/attention/patterns.py`; follow a batch from `data/packing.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import logging
@@ -20,14 +19,13 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import deepspeed
 import torch
@@ -39,7 +37,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     get_constant_schedule_with_warmup,
@@ -58,6 +55,7 @@ from anchor_context.checkpoint import (
     save_checkpoint,
     state_of_checkpoint,
 )
+from anchor_context.command_line import FlagParser, one_line_errors
 from anchor_context.data.loader import check_same_stream, make_loader, stream_origin
 from anchor_context.data.packing import PreparedRows, prepare_rows
 from anchor_context.engine import Engine, default_anchor_placement, make_engine
@@ -987,47 +985,16 @@ def save_model(
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line, and what it says when something is wrong.
-
-
-class FlagParser(HfArgumentParser):
-    """argparse, but what it finds wrong is a `ValueError` like every other mistake in a flag."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; `python train.py --help` lists the flags")
+# The command line.
 
 
 def parse_flags(arguments: list[str]) -> Flags:
     """Raises `ValueError` for an unknown flag, a missing one, or a value that is not among the choices."""
-    parser = FlagParser(Flags, description=__doc__.splitlines()[0], allow_abbrev=False)
-    flags, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        parser.error(f"unknown: {' '.join(unknown)}{hint}")
+    parser = FlagParser(Flags, prog="python train.py", description=__doc__.splitlines()[0])
+    (flags,) = parser.parse_args_into_dataclasses(arguments)
     return flags
 
 
-def end_with_error(error: ValueError) -> NoReturn:
-    """Print what the user can mend, once per machine, and exit with code 2.
-
-    A library's error is not ours to explain, and keeps its traceback. Most mistakes are found by all ranks
-    alike, so the others let the machine's first speak, and are ended by the launcher before they do, unless
-    the mistake is theirs alone.
-    """
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    here = Path(__file__).parent
-    if raised_in.parent != here and here / "anchor_context" not in raised_in.parents:
-        raise error
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(5)
-    print(colored(f"error: {error}", "red"), file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(parse_flags(sys.argv[1:]))
-    except ValueError as error:
-        end_with_error(error)

@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from anchor_context.command_line import FlagParser, model_errors, one_line_errors, read_text
 from anchor_context.data.documents import DocumentReader
 from anchor_context.data.packing import find_anchor_id
 from anchor_context.data.sources import find_inputs, read_units
@@ -46,14 +48,17 @@ from anchor_context.evaluation.retrieval import accuracies, answer_prompts, gree
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
+    with model_errors(flags.model, "--model"):
+        tokenizer = AutoTokenizer.from_pretrained(flags.model)
     state = start_processes()
-    tokenizer = AutoTokenizer.from_pretrained(flags.model)
     # Everything that can be refused is refused before the model is loaded.
     if flags.command == "ppl":
         work = list(long_documents(flags, tokenizer, state))
     else:
         work = all_prompts(flags, tokenizer)
-    model = load_model(flags.model, state.device)
+    Path(flags.out).mkdir(parents=True, exist_ok=True)
+    with model_errors(flags.model, "--model"):
+        model = load_model(flags.model, state.device)
     note_long_lengths(model, flags.lengths, state)
     evaluate = evaluate_perplexity if flags.command == "ppl" else evaluate_retrieval
     evaluate(flags, state, model, tokenizer, work)
@@ -61,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python -m anchor_context.evaluate", description=__doc__.splitlines()[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -87,7 +92,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
             add("--documents", type=positive, default=50, help="at most so many, from the start")
             continue
-        add("--depths", type=depths_of, default=depths_of("0,10,20,30,40,50,60,70,80,90,100"))
+        every_tenth = ",".join(map(str, range(0, 101, 10)))
+        add("--depths", type=depths_of, default=every_tenth, help="percent of the text before it")
         add("--trials", type=positive, default=4, help="numbers hidden per length and depth")
         add("--batch-size", "--batch_size", type=positive, default=1, help="prompts at a time")
         add("--seed", type=int, default=42, help="of numbers and filler")
@@ -98,11 +104,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def start_processes() -> PartialState:
     """The launched processes: one per GPU, or gloo processes on the CPU."""
-    if torch.cuda.is_available():
-        return PartialState()
-    # Named, because without a GPU Accelerate would take every process for the only one.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return PartialState(cpu=True, backend="gloo" if several else None)
+    # They meet once, at the end, and those that are done early wait for the one with the longest prompts.
+    patience = {"timeout": timedelta(days=7)} if several else {}
+    if torch.cuda.is_available():
+        return PartialState(**patience)
+    # Named, because without a GPU Accelerate would take every process for the only one.
+    return PartialState(cpu=True, backend="gloo" if several else None, **patience)
 
 
 def load_model(path: str, device: torch.device) -> PreTrainedModel:
@@ -128,7 +136,7 @@ def all_prompts(flags: argparse.Namespace, tokenizer) -> list:
     if flags.command == "passkey":
         pieces = passkey_sentences()
     elif flags.haystack:
-        pieces = pieces_of(Path(flags.haystack).read_text(encoding="utf-8"))
+        pieces = pieces_of(read_text(flags.haystack, "--haystack"))
     else:
         pieces = varied_sentences(flags.seed)
     haystack = Haystack(pieces, tokenizer, length=max(flags.lengths))
@@ -175,10 +183,10 @@ def evaluate_retrieval(
         s: sum(a for (length, _), a in accuracy.items() if length == s) / len(flags.depths)
         for s in flags.lengths
     }
-    figure = heat_map(accuracy, title=f"{flags.command}: {Path(flags.model).name}")
-    write(flags, figure, [asdict(answer) for answer in answers], results)
     for length, share in by_length.items():
         print(f"{flags.command} at {length:,} tokens: {share:.1%} right")
+    figure = heat_map(accuracy, title=f"{flags.command}: {Path(flags.model).name}")
+    write(flags, figure, [asdict(answer) for answer in answers], results)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,7 +227,7 @@ def long_documents(flags: argparse.Namespace, tokenizer, state: PartialState) ->
     if not found:
         raise ValueError(
             f"--dataset {flags.dataset}: no document fills --lengths {max(flags.lengths)}; the longest "
-            f"has {longest} tokens"
+            f"has {longest} tokens: give shorter --lengths or longer documents"
         )
 
 
@@ -239,27 +247,29 @@ def evaluate_perplexity(
     if not state.is_main_process:
         return
     rows = perplexity_rows(losses, flags.lengths)
-    figure = perplexity_curve(rows, title=f"perplexity by position: {Path(flags.model).name}")
-    write(flags, figure, rows, rows)
     for row in rows:
         if row["kind"] == "length":
             print(f"ppl of the first {row['last'] + 1:,} tokens: {row['perplexity']:.4g}")
+    figure = perplexity_curve(rows, title=f"perplexity by position: {Path(flags.model).name}")
+    write(flags, figure, rows, rows)
 
 
 # --------------------------------------------------------------------------------------------------
 
 
 def write(flags: argparse.Namespace, figure, lines: list[dict], results: list[dict]) -> None:
-    """The picture, every measured line as CSV, and the results with their flags as JSON."""
-    out = Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / f"{flags.command}.png", dpi=120)
-    with (out / f"{flags.command}.csv").open("w", newline="", encoding="utf-8") as stream:
+    """The picture, every measured line as CSV, and the results with their flags as JSON; say where."""
+    picture, table, summary = (
+        Path(flags.out) / f"{flags.command}.{kind}" for kind in ("png", "csv", "json")
+    )
+    figure.savefig(picture, dpi=120)
+    with table.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
     found = {"flags": vars(flags), "results": results}
-    (out / f"{flags.command}.json").write_text(json.dumps(found, indent=2) + "\n")
+    summary.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"picture  {picture}\ntable    {table}\nresults  {summary}")
 
 
 def lengths_of(text: str) -> list[int]:
@@ -281,4 +291,5 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

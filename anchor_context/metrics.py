@@ -151,6 +151,8 @@ def plot_loss(metrics: Path, plot: Path) -> None:
     losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
     line = axis.plot(tokens, losses, color="C0", label="loss")
     axis.set_xlabel("tokens seen")
+    axis.xaxis.set_major_locator(pyplot.MaxNLocator(5))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_ylabel("loss (nats per target token)")
     axis.grid(alpha=0.3)
     rate_axis = axis.twinx()

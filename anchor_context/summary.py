@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+from anchor_context.command_line import FlagParser, one_line_errors
 from anchor_context.metrics import read_metrics
 
 
 def summary(output: Path) -> str:
-    """What the run in `output` did, in a few lines, from its `args.json` and `metrics.jsonl`."""
+    """What the run in `output` did, in a few lines, from its `args.json` and `metrics.jsonl`.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    if not output.is_dir():
+        raise ValueError(f"{output}: no such folder; give a run's --output-dir")
+    if not (output / "args.json").exists():
+        runs = sorted(path.parent for path in output.glob("*/args.json"))
+        hint = f"did you mean {runs[0]}?" if runs else "it has no args.json"
+        raise ValueError(f"{output} holds no run; {hint}")
     arguments = json.loads((output / "args.json").read_text())
     records = read_metrics(output / "metrics.jsonl")
     data = arguments["data"]
@@ -44,6 +54,7 @@ def _loss(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", type=Path)
-    print(summary(parser.parse_args().output))
+    with one_line_errors():
+        parser = FlagParser(prog="python -m anchor_context.summary", description=__doc__)
+        parser.add_argument("output", type=Path, help="a run's --output-dir")
+        print(summary(parser.parse_args().output))

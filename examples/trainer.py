@@ -4,6 +4,10 @@
 
 MODEL is a folder or hub name, each line of TEXTS.jsonl has a "text", and whatever follows is
 for `TrainingArguments`. A batch of N documents is one row, each document behind its anchor.
+
+On several GPUs start it with `PYTHONPATH=. accelerate launch examples/trainer.py …`, a process for each:
+under plain `python` the Trainer would take them all for torch's DataParallel, which splits a row's tokens
+from its layout.
 """
 
 import sys
@@ -19,6 +23,8 @@ from transformers import (
 
 from anchor_context import AnchorDataCollator, patch_model
 
+if len(sys.argv) < 4:
+    sys.exit("usage: python examples/trainer.py MODEL TEXTS.jsonl OUTPUT_DIR [--max_steps 100 …]")
 name, texts, output_dir, *flags = sys.argv[1:]
 (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
     ["--output_dir", output_dir, *flags]

@@ -9,13 +9,14 @@ that `prepare` prints as its `--dataset`.
 
 from __future__ import annotations
 
-import sys
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoTokenizer
 
+from anchor_context.command_line import FlagParser, model_errors, one_line_errors
 from anchor_context.data.packing import open_rows, prepare_rows
 from anchor_context.data.rows import source_lines
 
@@ -75,24 +76,16 @@ class PrepareFlags:
     )
 
 
-@dataclass
-class InspectFlags:
-    """The flags of `inspect`."""
-
-    rows: int = field(default=2, metadata={"help": "rows to show decoded"})
-    png: str | None = field(
-        default=None, metadata={"help": "where the plot goes; default: inspect.png in PATH"}
-    )
-
-
-def prepare(flags: PrepareFlags) -> None:
-    """Prepare the rows, and say where they are."""
+def prepare(flags: Namespace) -> None:
+    """Prepare the rows by the fields of `PrepareFlags`, and say where they are."""
     remote = {"trust_remote_code": flags.trust_remote_code}
-    config = AutoConfig.from_pretrained(flags.model_name_or_path, **remote)
+    with model_errors(flags.model_name_or_path, "--model_name_or_path"):
+        config = AutoConfig.from_pretrained(flags.model_name_or_path, **remote)
+        tokenizer = AutoTokenizer.from_pretrained(flags.model_name_or_path, **remote)
     prepared = prepare_rows(
         flags.dataset,
         data_format=flags.data_format,
-        tokenizer=AutoTokenizer.from_pretrained(flags.model_name_or_path, **remote),
+        tokenizer=tokenizer,
         vocab_size=config.vocab_size,
         row_length=flags.seq_length,
         anchor_placement=flags.anchor_placement,
@@ -115,11 +108,11 @@ def prepare(flags: PrepareFlags) -> None:
     print(f"prepared rows: {prepared.directory}")
 
 
-def inspect(path: str, flags: InspectFlags) -> None:
-    """Print what is in a prepared set, and write the plot."""
+def inspect(flags: Namespace) -> None:
+    """Print what is in the prepared set `path`, `rows` of it decoded, and write the plot to `png`."""
     from anchor_context.data.inspection import Inspection, describe_row
 
-    prepared = open_rows(path)
+    prepared = open_rows(flags.path)
     inspection = Inspection.of(prepared)
     print(inspection)
     tokenizer = AutoTokenizer.from_pretrained(prepared.directory / "tokenizer")
@@ -130,29 +123,23 @@ def inspect(path: str, flags: InspectFlags) -> None:
     print(f"\nplot: {png}")
 
 
-def main(arguments: list[str]) -> int:
-    """Run a command; 0 for success, 1 for a user's mistake, told without a traceback."""
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    try:
-        if command == "prepare":
-            (flags,) = _parser(PrepareFlags, "prepare").parse_args_into_dataclasses(rest)
-            prepare(flags)
-        elif command == "inspect" and rest and not rest[0].startswith("-"):
-            (flags,) = _parser(InspectFlags, "inspect PATH").parse_args_into_dataclasses(rest[1:])
-            inspect(rest[0], flags)
-        else:
-            print(__doc__, file=sys.stderr)
-            return 0 if command in ("-h", "--help") else 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command.
 
-
-def _parser(flags: type, usage: str) -> HfArgumentParser:
-    prog = f"python -m anchor_context.data {usage}"
-    return HfArgumentParser(flags, prog=prog, allow_abbrev=False)
+    Raises:
+        ValueError: what the user did wrong.
+    """
+    parser = FlagParser(prog="python -m anchor_context.data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("prepare", flags=PrepareFlags, help="make rows of a data set")
+    add = commands.add_parser("inspect", help="look into prepared rows").add_argument
+    add("path", help="the folder that `prepare` printed")
+    add("--rows", type=int, default=2, help="rows to show decoded")
+    add("--png", help="where the plot goes; default: inspect.png in the folder")
+    flags = parser.parse_args(arguments)
+    {"prepare": prepare, "inspect": inspect}[flags.command](flags)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with one_line_errors():
+        main()

@@ -108,21 +108,27 @@ class Inspection:
 
     def plot(self, path: Path) -> None:
         """Write the histogram, the sources and the patterns' work as a PNG."""
-        figure, (lengths, sources, work) = plt.subplots(1, 3, figsize=(15, 4.5))
+        several = len(self.report["sources"]) > 1  # the shares of one source say nothing
+        figure, (lengths, work, *sources) = plt.subplots(
+            1, 2 + several, figsize=(10 + 5 * several, 4.5), layout="constrained"
+        )
         edges, documents, tokens = self.histogram()
         share = [documents / documents.sum(), tokens / tokens.sum()]
         for values, name in zip(share, ("documents", "tokens"), strict=True):
             lengths.stairs(values, edges, label=name, fill=name == "documents", alpha=0.7)
-        lengths.set(xscale="log", xlabel="document length (tokens)", ylabel="share")
+        lengths.set(xscale="log", xlabel="document length (tokens)", ylabel="share of all")
+        lengths.set_title("document lengths")
         lengths.axvline(self.report["row_length"], color="grey", linestyle=":", label="row length")
         lengths.legend()
-        largest = sorted(self.report["sources"].items(), key=lambda item: -item[1])[:12]
-        sources.barh([name[:24] for name, _ in largest][::-1], [n for _, n in largest][::-1])
-        sources.set(xlabel="tokens", title="sources")
         work.bar(list(self.mask_share), [100 * share for share in self.mask_share.values()])
         work.set(ylabel="% of full attention's work", title="patterns")
         work.tick_params(axis="x", rotation=20)
-        figure.tight_layout()
+        for axes in sources:
+            tokens_of = self.report["sources"]
+            largest = sorted(tokens_of, key=lambda name: tokens_of[name])[-12:]
+            shares = [100 * tokens_of[name] / sum(tokens_of.values()) for name in largest]
+            axes.barh([name[:24] for name in largest], shares)
+            axes.set(xlabel="% of the tokens", title="sources")
         figure.savefig(path, dpi=120)
         plt.close(figure)
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import pyarrow
 import xxhash
 
+from anchor_context.data.rows import is_prepared
+
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*JSON_LINES, ".json", ".json.gz", ".json.zst", ".parquet")
 
@@ -27,6 +29,10 @@ UNIT_BYTES = 8 << 20
 HASHED_BYTES = 1 << 30
 """How much of the data set's content goes into its identity; a smaller set is hashed whole."""
 HASH_BLOCK = 64 << 10
+
+NO_DATA_SUFFIXES = (".md", ".rst", ".py", ".sh", ".yaml", ".yml", ".log", ".lock")
+NO_DATA_NAMES = ("README", "LICENSE", "NOTICE", "CITATION", "_SUCCESS")
+"""What a folder may hold besides its data: such files, with any suffix, and hidden ones are passed over."""
 
 
 class Broken(str):
@@ -57,11 +63,11 @@ def find_inputs(dataset: list[str] | str) -> list[str]:
 
     Args:
         dataset: names, a string of several separated by commas. A glob stands for the files that it
-            matches, a folder for the readable files in it; both in the order of their names.
+            matches, a folder for the files in it; both in the order of their names.
 
     Raises:
-        ValueError: a file that is not there, a glob or folder without a file, an unknown suffix, a data
-            set that the hub does not give us.
+        ValueError: a file that is not there, a glob or folder without a file, an unknown suffix, a folder
+            with data that would be left out, a data set that the hub does not give us.
     """
     names = [dataset] if isinstance(dataset, str) else dataset
     # os.path: a long list is no path, and pathlib would raise.
@@ -77,9 +83,7 @@ def _files_of(name: str) -> list[str]:
     if path.is_file() or is_saved_dataset(path):
         files = [name]
     elif path.is_dir():
-        files = sorted(str(p) for p in path.iterdir() if p.name.endswith(SUFFIXES))
-        if not files:
-            raise ValueError(f"--dataset {name}: no file in it ends in {', '.join(SUFFIXES)}")
+        files = _files_in(path)
     elif glob.has_magic(name):
         files = sorted(match for match in glob.glob(name, recursive=True) if Path(match).is_file())
         if not files:
@@ -93,6 +97,35 @@ def _files_of(name: str) -> list[str]:
         if Path(file).is_file() and not file.endswith(SUFFIXES):
             raise ValueError(f"--dataset {file} has none of the suffixes {', '.join(SUFFIXES)}")
     return files
+
+
+def _files_in(folder: Path) -> list[str]:
+    """The folder's data files, by name. `ValueError` for none, and for data that are not among them."""
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    read = [path for path in inside if path.is_file() and path.name.endswith(SUFFIXES)]
+    left_out = [path for path in inside if path not in read and _may_hold_data(path)]
+    if left_out:
+        names = [path.name + "/" * path.is_dir() for path in left_out]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"--dataset {folder} would leave out {', '.join(names[:3])}{more}: a folder stands for the files "
+            f"directly in it that end in {', '.join(SUFFIXES)}. Convert or move what is data, or name the "
+            f"files to read with a glob, such as '{folder}/*.jsonl' or '{folder}/**/*.jsonl'"
+        )
+    if not read:
+        raise ValueError(f"--dataset {folder}: no file in it ends in {', '.join(SUFFIXES)}")
+    return [str(path) for path in read]
+
+
+def _may_hold_data(path: Path) -> bool:
+    """Whether passing over a file or folder might lose documents; prepared rows hold those read before."""
+    if path.name.startswith("."):
+        return False
+    if path.is_dir():
+        ours = is_prepared(path) and (path / "tokens.npy").exists()
+        return not ours and any(_may_hold_data(inside) for inside in path.iterdir())
+    suffix, name = path.name.lower().endswith(NO_DATA_SUFFIXES), path.name.upper()
+    return path.name.endswith(SUFFIXES) or not (suffix or name.startswith(NO_DATA_NAMES))
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -255,7 +288,10 @@ def decode_json(data: bytes) -> object:
     An object that names a key twice becomes a `Broken`: which of the two was meant, nobody knows.
     """
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+        return json.loads(data.decode("utf-8-sig").rstrip(), object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""  # of a file that is one array
+        return Broken(f"broken JSON: {error.msg.removesuffix(' at')} at {line}column {error.colno}")
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         return Broken(f"broken JSON: {error}")
 

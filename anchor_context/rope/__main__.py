@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
 from anchor_context.attention.patterns import PATTERNS, attended_boundaries, make_layout
+from anchor_context.command_line import FlagParser, model_errors, one_line_errors, read_text
 from anchor_context.models import check_scores
 from anchor_context.rope.plots import draw_all
 from anchor_context.rope.precision import (
@@ -49,7 +50,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
     set_seed(flags.seed)
-    model = load_model(flags.model, random_weights=flags.random_weights).to(flags.device)
+    with model_errors(flags.model, "--model"):
+        model = load_model(flags.model, random_weights=flags.random_weights)
+    model = model.to(flags.device)
     token_ids = load_tokens(flags.text, flags.model, model.config.vocab_size, max(flags.lengths))
     out = Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -79,9 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m anchor_context.rope", description=__doc__.splitlines()[0]
-    )
+    parser = FlagParser(prog="python -m anchor_context.rope", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser(
         "precision", help="the change of attention under a shift"
@@ -89,18 +90,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", required=True, help="a Hugging Face model, or a folder with its config.json")
     add("--random-weights", "--random_weights", action="store_true", help="read its config only")
     add("--text", help="a UTF-8 file to run the model on; default: random tokens")
-    add(
-        "--lengths", type=positive_integers, default=[1024, 4096, 16384], help="row lengths, tokens"
-    )
-    add(
-        "--shifts", type=integers, default=[0, 16, 128, 1024, 16384], help="shifts of all positions"
-    )
-    add("--dtypes", type=names_of(DTYPES), default=list(DTYPES), help="of the model under test")
-    add("--patterns", type=names_of(PATTERNS), default=list(PATTERNS), help="attention patterns")
+    add("--lengths", type=positive_integers, default="1024,4096,16384", help="row lengths, tokens")
+    add("--shifts", type=integers, default="0,16,128,1024,16384", help="shifts of all positions")
+    add("--dtypes", type=names_of(DTYPES), default=",".join(DTYPES), help="of the tested model")
+    add("--patterns", type=names_of(PATTERNS), default=",".join(PATTERNS), help="who sees whom")
     add("--documents", type=int, default=4, help="documents in a row")
     add("--queries", type=int, default=32, help="sampled queries in a row")
     add("--seed", type=int, default=42, help="of random weights and tokens")
-    add("--device", default="cpu")
+    add("--device", default="cpu", help="where the model runs")
     add("--out", required=True, help="the folder for report, tables and pictures")
     flags = parser.parse_args(arguments)
     if max(flags.shifts) == 0:
@@ -263,14 +260,13 @@ def load_tokens(text: str | None, model: str, vocab_size: int, number: int) -> T
     """(number,) int64 from the file, or at random.
 
     Raises:
-        ValueError: the file has fewer tokens.
+        ValueError: the file cannot be read, or has fewer tokens.
     """
     if text is None:
         return torch.randint(vocab_size, (number,))
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    token_ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)[
-        "input_ids"
-    ]
+    with model_errors(model, "--model"):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    token_ids = tokenizer(read_text(text, "--text"), add_special_tokens=False)["input_ids"]
     if len(token_ids) < number:
         raise ValueError(
             f"--text {text} has {len(token_ids):,} tokens, and --lengths asks for {number:,}; "
@@ -313,4 +309,5 @@ def names_of(known):
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

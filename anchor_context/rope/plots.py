@@ -22,6 +22,8 @@ COLOURS = {
     "float16, rotated in float32": "#56b4e9",
 }
 MARKERS = dict(zip(COLOURS, "os^Dv", strict=True))
+DECADES_BY_STEP = 4
+"""What the axes of `by_step` span, downwards from the largest curve."""
 QUANTITIES = {
     "logit": "sum of |logit change| over a query's tokens",
     "weight": "sum of |weight change| over a query's tokens",
@@ -184,7 +186,11 @@ def by_pattern(found: Measurements) -> Figure:
 
 
 def by_step(found: Measurements) -> Figure:
-    """Where it arises: every step rounded alone, over row lengths, for each type."""
+    """Where it arises: every step rounded alone, over row lengths, for each type.
+
+    A curve is thinner than those drawn before it, so that it hides none that it lies on. One that lies
+    below the axes is named there: rounding the score alone changes next to nothing, in 16-bit types.
+    """
     lengths, shift = found.values("length"), max(found.values("shift"))
     dtypes = list(dict.fromkeys(row["dtype"] for row in found.steps))
     steps = list(dict.fromkeys(row["step"] for row in found.steps))
@@ -193,23 +199,40 @@ def by_step(found: Measurements) -> Figure:
     )
     lines = [*((step, "alone") for step in steps), (steps[-1], "up to here")]
     for row, dtype in zip(rows, dtypes, strict=True):
+        of_type = [r for r in found.steps if r["dtype"] == dtype and r["quantity"] == "logit"]
+        largest = max(
+            mean_of(of_type, "rounding_mean", length=s, pattern=p, step=step, rounded=how)
+            for s in lengths
+            for p in row
+            for step, how in lines
+        )
+        lowest = largest / 10**DECADES_BY_STEP
         for pattern, axes in row.items():
+            below = []
             for number, (step, how) in enumerate(lines):
-                where = {"dtype": dtype, "step": step, "rounded": how, "quantity": "logit"}
+                where = {"pattern": pattern, "step": step, "rounded": how}
                 y = [
-                    mean_of(found.steps, "rounding_mean", length=length, pattern=pattern, **where)
-                    for length in lengths
+                    mean_of(of_type, "rounding_mean", length=length, **where) for length in lengths
                 ]
                 together = how == "up to here"
+                name = "all together" if together else f"{step} alone"
                 axes.plot(
                     lengths,
                     y,
                     marker="osD^vx"[number],
+                    markersize=12 - 1.5 * number,
+                    markerfacecolor="none",
+                    linewidth=5 - 0.8 * number,
                     color="black" if together else f"C{number}",
                     linestyle="--" if together else "-",
-                    label="all together" if together else f"{step} alone",
+                    label=name,
                 )
+                below += [name] * (max(y) < lowest)
             axes.set(xscale="log", yscale="log", xlabel="row length S (tokens)")
+            axes.set_ylim(lowest, 2 * largest)
+            if below:
+                said = f"↓ below: {', '.join(below)}"
+                axes.text(0.02, 0.03, said, transform=axes.transAxes, fontsize=8)
             _powers_of_two(axes, lengths)
         _first(row).set_ylabel(f"{dtype}: mean |logit change| of a pair")
     _legend_below(figure)
@@ -248,10 +271,16 @@ def by_head(found: Measurements) -> Figure:
         f"shift {shift:,} positions",
         height=max(3.0, 1.2 + 0.28 * len(layers)),
     )
-    largest = max(max(line) for lines in values.values() for line in lines)
+    # From the smallest to the largest: heads differ by less than from 0.
+    every = [value for lines in values.values() for line in lines for value in line]
     for pattern, axes in row.items():
         image = axes.imshow(
-            values[pattern], aspect="auto", cmap="viridis", origin="lower", vmin=0, vmax=largest
+            values[pattern],
+            aspect="auto",
+            cmap="viridis",
+            origin="lower",
+            vmin=min(every),
+            vmax=max(every),
         )
         axes.grid(visible=False)
         axes.set_xlabel("head")

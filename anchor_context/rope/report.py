@@ -201,6 +201,10 @@ def write_report(path: Path, found: Measurements, *, pictures: list[str]) -> Non
         "float32; `tables` cos and sin in the model's type, as transformers keeps them; `rotation` its two",
         "products; `kernel` the rotated queries and keys; `score` their product and its scaling, each in the",
         "model's type, as in eager attention (a flash kernel keeps float32; the tables above are its).",
+        "In the 16-bit types `score` alone is next to nothing: without the other steps' rounding a shift",
+        "leaves the scores equal but for float32's error in their sums, and equal scores round equally. Only",
+        "where that error crosses an edge of the rounding does a score change, and with `anchor` the first",
+        "token's, whose distance does grow.",
         "",
     ]
     dtypes = list(dict.fromkeys(row["dtype"] for row in found.steps))

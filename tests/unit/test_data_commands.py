@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from data_samples import BYTES, prepare, write_texts
@@ -35,13 +37,13 @@ def test_prepare_then_inspect(tmp_path, model, capsys):
         "--mixture",
         "s0=1,s1=3",
     ]
-    assert main(["prepare", *arguments]) == 0
+    main(["prepare", *arguments])
     made = capsys.readouterr().out
     assert "documents_read       39\n" in made
     sources = r"s1 +[\d,]+ +7\d\.\d% +5\d\.\d%\ns0 +[\d,]+ +2\d\.\d% +4\d\.\d%\n"
     assert re.search(sources, made)
     path = made.split("prepared rows: ")[1].strip()
-    assert main(["inspect", path, "--rows", "1"]) == 0
+    main(["inspect", "--rows", "1", path])  # a flag may come first
     shown = capsys.readouterr().out
     assert re.search(sources, shown)
     report = open_rows(path).report
@@ -61,19 +63,50 @@ def test_prepare_makes_the_set_that_training_looks_for(tmp_path, model):
     data = write_texts(tmp_path / "d.jsonl", ["hello"])
     arguments = ["--dataset", str(data), "--model_name_or_path", model, "--seq_length", "64"]
     cache = tmp_path / "c"
-    assert main(["prepare", *arguments, "--cache_dir", str(cache)]) == 0
+    main(["prepare", *arguments, "--cache_dir", str(cache)])
     (made,) = cache.glob("rows-*/")
     assert prepare(data, cache, vocab_size=300).directory == made
 
 
-def test_a_users_mistake_is_told_without_a_traceback(tmp_path, model, capsys):
+def test_a_users_mistake_is_named(tmp_path, model, capsys):
     data = write_texts(tmp_path / "d.jsonl", [b"{"])
     arguments = ["--dataset", str(data), "--model_name_or_path", model]
-    assert main(["prepare", *arguments, "--cache_dir", str(tmp_path / "c")]) == 1
-    assert "d.jsonl, line 1: broken JSON" in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path)]) == 1
-    assert "holds no prepared rows" in capsys.readouterr().err
-    assert main(["bake"]) == 2
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 1: broken JSON: .* at column 2;"):
+        main(["prepare", *arguments, "--cache_dir", str(tmp_path / "c")])
+    with pytest.raises(ValueError, match="holds no prepared rows"):
+        main(["inspect", str(tmp_path)])
+    with pytest.raises(ValueError, match="required: path"):
+        main(["inspect"])
+
+
+def test_the_help_of_inspect_names_its_flags(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", "--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and all(word in shown for word in ("--rows", "--png", "path"))
+
+
+@pytest.mark.parametrize("sources", [["web"], ["web", "code"]])
+def test_the_plot_of_an_inspection_tells_sources_apart_if_there_are_several(
+    tmp_path, sources, monkeypatch
+):
+    texts = [json.dumps({"text": "ab" * n, "set": sources[n % len(sources)]}) for n in range(1, 40)]
+    data = write_texts(tmp_path / "d.jsonl", [text.encode() for text in texts])
+    prepared = prepare(data, tmp_path, source_column="set")
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    Inspection.of(prepared).plot(tmp_path / "plot.png")
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles == ["document lengths", "patterns"] + ["sources"] * (len(sources) > 1)
+    if len(sources) > 1:
+        shares = {
+            label.get_text(): bar.get_width()
+            for label, bar in zip(
+                drawn[0].axes[2].get_yticklabels(), drawn[0].axes[2].patches, strict=True
+            )
+        }
+        tokens = prepared.report["sources"]
+        assert shares == {n: pytest.approx(100 * tokens[n] / sum(tokens.values())) for n in sources}
 
 
 def test_the_figures_of_an_inspection(tmp_path):

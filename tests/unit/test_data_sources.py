@@ -85,6 +85,43 @@ def test_many_files_and_globs_in_order(tmp_path):
     assert BYTES.decode(listed.row(0).tokens[:6], skip_special_tokens=True) == "31"
 
 
+@pytest.mark.parametrize(
+    "name", ["b.jsonl.xz", "D.JSONL", "e.txt", "f.csv", "sub/c.jsonl", "sub/deep/c.JSON.zst"]
+)
+def test_a_folder_never_leaves_out_data_in_silence(tmp_path, name):
+    data = tmp_path / "data"
+    (data / name).parent.mkdir(parents=True)
+    write_texts(data / "a.jsonl", ["1"])
+    (data / name).touch()
+    told = f"data would leave out {name.split('/')[0]}.*a glob, such as '.*data/\\*\\.jsonl'"
+    with pytest.raises(ValueError, match=told):
+        prepare(data, tmp_path)
+    assert prepare(data / "*.jsonl", tmp_path).report["documents"] == 1
+
+
+def test_a_folder_may_hold_what_is_no_data(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_texts(data / "a.jsonl", ["1"])
+    names = ("README.md", "readme.txt", "LICENSE", "_SUCCESS", "get.sh", ".x.jsonl", ".git/b.jsonl")
+    for name in (*names, "scripts/clean.py"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).touch()
+    for row_length in (16, 32):  # the second time, prepared rows lie there too
+        assert prepare(data, data / "cache", row_length=row_length).report["documents"] == 1
+        assert prepare(data, data, row_length=row_length).report["documents"] == 1
+
+
+def test_a_broken_line_is_named_by_its_column_and_an_array_by_line_and_column():
+    assert sources.decode_json(b'{"text": "a" "b"}') == (
+        "broken JSON: Expecting ',' delimiter at column 14"
+    )
+    assert sources.decode_json(b'{"text": "a\x00b"}') == (
+        "broken JSON: Invalid control character at column 12"
+    )
+    assert sources.decode_json(b'[\n{"text": 1,}]').endswith(" at line 2, column 12")
+
+
 def test_columns_by_name_also_inside_an_object(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text('{"body": {"raw": "hello"}, "meta": {"set": "web"}}\n')

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -202,6 +203,17 @@ def test_the_plot_is_a_png(tmp_path):
         )
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_s_tokens_are_readable(tmp_path, monkeypatch):
+    file, drawn = MetricsFile(tmp_path / "metrics.jsonl", keep_steps=0), []
+    for step in (1, 2, 3):
+        record = {"step": step, "tokens_seen": step * 10**9, "loss": 2.0, "learning_rate": 1e-5}
+        file.append(record)
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    shown = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
+    assert "2,000,000,000" in shown and len(shown) < 9
 
 
 def run_steps(profiler: StepProfiler, steps: range) -> None:

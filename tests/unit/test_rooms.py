@@ -40,6 +40,7 @@ LAYERS = {  # path prefix -> layer; the longest prefix that matches counts
     "anchor_context/parallel/groups.py": 0,
     "anchor_context/rope/": 0,
     "anchor_context/agreement.py": 0,
+    "anchor_context/command_line.py": 0,
     "anchor_context/util.py": 0,
 }
 SAME_LAYER = {  # the exceptions: importer -> the rooms of its own layer that it may use

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -432,6 +433,7 @@ def test_the_command_writes_report_tables_and_pictures(tmp_path):
         "first token's share",
         "32, evenly over the row",
         "random, seed 42",
+        "equal scores round equally",
         "intra_doc_reset",
     ):
         assert said in report
@@ -484,6 +486,20 @@ def test_every_pattern_has_its_axes_in_the_pictures(tmp_path):
         assert titles == [f"pattern {pattern}" for pattern in PATTERNS], name
         assert all(axes.get_xlabel() for axes in figure.axes if axes.get_label() != "<colorbar>")
         assert all(axes.has_data() for axes in figure.axes), name
+    images = [axes.images[0] for axes in drawn["by_head"].axes if axes.images]
+    values = [image.get_array() for image in images]
+    ends = min(v.min() for v in values), max(v.max() for v in values)
+    assert len(images) == 4 and all(image.get_clim() == ends for image in images)
+    for axes in drawn["by_step"].axes:
+        curves = {line.get_label(): line.get_ydata() for line in axes.lines}
+        lowest, highest = axes.get_ylim()
+        assert max(curves["all together"]) < highest <= 10**5 * lowest
+        below = [name for name, y in curves.items() if max(y) < lowest]
+        told = [f"↓ below: {', '.join(below)}"] if below else []
+        assert [text.get_text() for text in axes.texts] == told
+        widths = [line.get_linewidth() for line in axes.lines]
+        assert widths == sorted(set(widths), reverse=True), "a curve would hide another"
+    assert any(axes.texts for axes in drawn["by_step"].axes), "the case shows nothing"
 
 
 @pytest.mark.parametrize(
@@ -537,7 +553,7 @@ def test_frequencies_that_depend_on_the_length_are_refused(rope_type):
         rope_of(model)
 
 
-def test_bad_values_are_named(tmp_path, capsys):
+def test_bad_values_are_named(tmp_path):
     for flags, said in (
         (["--shifts", "0"], "--shifts 0 changes nothing"),
         (["--lengths", "4"], "--documents 4"),
@@ -545,10 +561,10 @@ def test_bad_values_are_named(tmp_path, capsys):
         (["--patterns", "ful"], "choose from full,intra_doc"),
         (["--lengths", "0,64"], "positive numbers"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(ValueError, match=re.escape(said)):
             main(["precision", "--model", "m", "--out", "o", *flags])
-        assert said in capsys.readouterr().err
     train_tokenizer(["a b c"], vocab_size=300).save_pretrained(tmp_path)
+    make_model().config.save_pretrained(tmp_path)
     (tmp_path / "short.txt").write_text("a b c")
     with pytest.raises(ValueError, match=r"short.txt has 3 tokens, and --lengths asks for 64"):
         load_tokens(f"{tmp_path}/short.txt", str(tmp_path), 300, 64)

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import train
+from anchor_context.command_line import one_line_errors
 from anchor_context.parallel.groups import RankGrid
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +69,8 @@ def test_upstreams_flag_line_parses_with_dashes_and_underscores(swap):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("--sequence-length 4096", "unknown: --sequence-length 4096"),
-        ("--seq 4096", "unknown: --seq 4096"),
+        ("--sequence-length 4096", "unknown: --sequence-length"),
+        ("--seq 4096", "unknown: --seq"),
         ("--seq-lenght 4096", "did you mean --seq-length?"),
         ("--attn_engine ring", "--attn_engine.*choose from 'flash', 'flex'"),
         ("--batch-size one", "--batch.size.*invalid int value: 'one'"),
@@ -262,10 +263,8 @@ def test_a_librarys_error_keeps_its_traceback():
 
 
 def fail(work) -> None:
-    try:
+    with one_line_errors():
         work()
-    except ValueError as error:
-        train.end_with_error(error)
 
 
 def test_rounded_rotary_frequencies_are_caught():
