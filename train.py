@@ -55,7 +55,7 @@ from anchor_context.checkpoint import (
     save_checkpoint,
     state_of_checkpoint,
 )
-from anchor_context.command_line import FlagParser, one_line_errors
+from anchor_context.command_line import FlagParser, model_errors, one_line_errors
 from anchor_context.data.loader import check_same_stream, make_loader, stream_origin
 from anchor_context.data.packing import PreparedRows, prepare_rows
 from anchor_context.engine import Engine, default_anchor_placement, make_engine
@@ -701,13 +701,11 @@ def check_output_is_free(output: Path, flags: Flags) -> None:
 def load_config_and_tokenizer(flags: Flags) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """Of the model to train. Raises `ValueError` where there are none."""
     name = flags.model_name_or_path
-    try:
+    with model_errors(name, "--model_name_or_path"):
         return (
             AutoConfig.from_pretrained(name, trust_remote_code=flags.trust_remote_code),
             AutoTokenizer.from_pretrained(name, trust_remote_code=flags.trust_remote_code),
         )
-    except (OSError, ValueError) as error:  # transformers raises both
-        raise ValueError(f"--model_name_or_path {name} cannot be loaded: {error}") from error
 
 
 def check_trackers(flags: Flags) -> list[str]:
@@ -871,7 +869,7 @@ def describe_run(
         f"pattern  {flags.attention_pattern}, anchors {prepared.anchor_placement}",
         f"data     {data['documents']:,} documents, {data['document_tokens']:,} tokens -> "
         f"{data['rows']:,} rows of {flags.seq_length:,} (+{data['anchors_added']:,} anchors, "
-        f"+{data['pad_tokens']:,} padding, {data['skipped_documents']:,} documents skipped)",
+        f"+{data['pad_tokens']:,} padding, {data['skipped_documents']:,} bad documents skipped)",
         *describe_sources(data["source_shares"]),
         f"steps    {max_steps:,} of {rows_per_step} rows, "
         f"{rows_per_step * flags.seq_length:,} tokens each "

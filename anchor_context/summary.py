@@ -29,16 +29,19 @@ def summary(output: Path) -> str:
     ]
     if records:
         speeds = sorted(record["tokens_per_second"] for record in records)
-        first, last = (_loss(records[end]) for end in (0, -1))
+        steps = f"in {records[-1]['step']:,} steps"
+        if len(records) >= 20:  # a step's rows may be easy or hard
+            steps += " (the last 10's mean)"
+        tail = records[-10:] if len(records) >= 20 else records[-1:]
         lines += [
-            f"loss     {first} -> {last} in {records[-1]['step']} steps",
+            f"loss     {_mean_loss(records[:1])} -> {_mean_loss(tail)} {steps}",
             f"speed    {speeds[len(speeds) // 2]:,.0f} tokens/s (median)",
         ]
     left_out = data["documents_left_out"]  # by --mixture or --upsample_long
     kept = f"{left_out:,} documents left out by the sampling" if left_out else "all kept"
     lines.append(
         f"data     {data['documents']:,} documents, {data['document_tokens']:,} tokens "
-        f"in {data['rows']:,} rows, {kept} ({data['skipped_documents']:,} bad ones skipped)"
+        f"in {data['rows']:,} rows, {kept} ({data['skipped_documents']:,} bad documents skipped)"
     )
     models = sorted(output.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
     lines += [
@@ -49,8 +52,9 @@ def summary(output: Path) -> str:
     return "\n".join(lines)
 
 
-def _loss(record: dict) -> str:
-    return "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+def _mean_loss(records: list[dict]) -> str:
+    finite = [record["loss"] for record in records if record["loss"] is not None]
+    return f"{sum(finite) / len(finite):.3f}" if finite else "not finite"
 
 
 if __name__ == "__main__":

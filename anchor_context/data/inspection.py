@@ -87,7 +87,7 @@ class Inspection:
             f"{report['documents']:,} documents, {report['document_tokens']:,} tokens; "
             f"{report['anchors_added']:,} anchors added, {report['pad_tokens']:,} padding "
             f"({report['pad_tokens'] / (report['rows'] * report['row_length']):.2%}), "
-            f"{report['skipped_documents']:,} bad records skipped",
+            f"{report['skipped_documents']:,} bad documents skipped",
             f"documents cut by a row's end: {report['documents_cut']:,} ({self.cut_share:.1%})",
             "",
             "document length (tokens)   documents",
