@@ -62,7 +62,7 @@ def test_a_signal_to_the_demo_is_one_to_the_run(tmp_path):
     """A scheduler knows the shell's process alone."""
     output = tmp_path / "demo"
     process = start(output, "--checkpoint_every", "1", steps=1000)
-    for line in process.stdout:
+    for _line in process.stdout:
         if (output / "metrics.jsonl").exists() and metrics(output):
             break
     process.terminate()

@@ -240,7 +240,7 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
 
 
 def test_a_model_that_is_not_there_is_one_error(tmp_path):
-    with pytest.raises(ValueError, match=f"--model_name_or_path {tmp_path}/none cannot be loaded"):
+    with pytest.raises(ValueError, match=f"--model_name_or_path {tmp_path}/none: no such folder"):
         train.load_config_and_tokenizer(replace(GOOD, model_name_or_path=f"{tmp_path}/none"))
 
 
