@@ -202,9 +202,14 @@ def prepare_rows(
     attempt = cache_dir / f"rows-{row_length}-{_digest(_attempt(fingerprint))}"
 
     with FileLock(f"{attempt}.lock"):
-        if is_prepared(target):
-            return open_rows(target)
         work = cache_dir / f".{attempt.name}.work"
+        finished = work.with_suffix(".finished")
+        laying = work / "laying"  # names the rows that come of this work
+        if is_prepared(target):
+            if laying.exists() and laying.read_text() == target.name:  # a kill left it behind
+                work.rename(finished)
+            shutil.rmtree(finished, ignore_errors=True)
+            return open_rows(target)
         reader = DocumentReader(
             tokenizer, data_format, vocab_size, text_column, source_column, skip_bad_documents
         )
@@ -218,8 +223,11 @@ def prepare_rows(
                     else ""
                 )
             )
+        laying.write_text(target.name)
         lay_rows(store, work / "rows", target, options, tokenizer, anchor_id, fingerprint)
-        shutil.rmtree(work)
+        shutil.rmtree(finished, ignore_errors=True)
+        work.rename(finished)  # first, or a kill would leave half of it for work to go on with
+        shutil.rmtree(finished)
         return open_rows(target)
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ from data_samples import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anchor_context.data import sources, store
+from anchor_context.data import packing, sources, store
 from anchor_context.data.documents import DocumentReader
 from anchor_context.data.packing import find_anchor_id, open_rows
 from anchor_context.data.rows import NO_TOKEN
@@ -428,6 +429,40 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_rows(tmp_path, monkeypa
     assert len(calls) - before == units - done  # only what was missing
     assert file_bytes(resumed) == file_bytes(undisturbed)
     assert [p.name for p in (tmp_path / "killed").glob(".*")] == []
+
+
+@pytest.mark.parametrize("before", ["the work is put aside", "it is removed"])
+def test_a_kill_after_the_rows_are_there_leaves_nothing_behind_for_good(
+    tmp_path, monkeypatch, before
+):
+    data = write_texts(tmp_path / "d.jsonl", ["text"])
+    other = write_texts(tmp_path / "e.jsonl", ["other text"])
+    rename, remove = Path.rename, shutil.rmtree
+
+    def rename_or_die(path, target):
+        if before == "the work is put aside" and path.suffix == ".work":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    def remove_or_die(folder, **more):
+        if not more:
+            raise KeyboardInterrupt
+        remove(folder, **more)
+
+    def left() -> list[Path]:
+        return list((tmp_path / "cache").glob(".rows-*"))
+
+    for path in (data, other):
+        with monkeypatch.context() as during:
+            during.setattr(Path, "rename", rename_or_die)
+            during.setattr(packing.shutil, "rmtree", remove_or_die)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(path, tmp_path / "cache")
+    assert len(left()) == 2
+    prepare(data, tmp_path / "cache")
+    assert len(left()) == 1, "the other's"
+    prepare(other, tmp_path / "cache")
+    assert not left()
 
 
 @pytest.fixture
