@@ -13,7 +13,8 @@ redistributes the same float32 values.
 
 Loads without running foreign code: DeepSpeed asks `torch.load` for full unpickling, which
 runs whatever a file says. Here PyTorch's own switch turns that into `weights_only` loading for the
-duration, and only the classes in `_deepspeed_classes` are let through; any other is an error that names it.
+duration, and only the classes in `_deepspeed_classes` are let through; any other is an error that names the
+file and the class.
 
 Costs: saving writes 12 bytes per parameter (float32 weights and both Adam moments; 2 more in bfloat16)
 at the speed of disk and SHA-256, while training waits. Finding one reads it whole. Loading with another
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import copyreg
 import json
 import os
 import pickle
@@ -49,6 +51,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from termcolor import colored
 
 from anchor_context.agreement import on_one_rank
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 MANIFEST = "manifest.json"
 MODEL_TAG = "model"
@@ -59,6 +63,10 @@ CHUNK_BYTES = 1 << 20
 
 # --------------------------------------------------------------------------------------------------
 # Save.
+
+# DeepSpeed puts this enum into its files. Python 3.11.2 (Debian 12's) by itself pickles a member as a call of
+# `getattr`, which no `weights_only` load allows, or should; later versions by themselves do as this does.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def save_checkpoint(
@@ -364,7 +372,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
             f"this run has {engine.zero_optimization_stage()}: launch it with the same"
         )
     if content["layout"] == _layout(engine):
-        with _weights_only():
+        with _weights_only(path):
             _load_engine(engine, path)
             rank_state = torch.load(
                 path / f"rank_{accelerator.process_index}.pt", weights_only=True
@@ -372,7 +380,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
         _restore_random_states(rank_state["random"])
     else:
         converted = on_one_rank(accelerator, partial(_convert, path))
-        with _weights_only(), _universal(engine):
+        with _weights_only(path), _universal(engine):
             _load_engine(engine, converted)
             rank_state = torch.load(path / "rank_0.pt", weights_only=True)
         accelerator.wait_for_everyone()
@@ -391,13 +399,14 @@ def _mend_universal(engine: DeepSpeedEngine, settings: list[dict]) -> None:
     """Put right what DeepSpeed 0.19.8 does to the optimiser when it loads a universal checkpoint.
 
     Every group gets the settings of the first, weight decay among them. And all states share one step
-    tensor, which each of them then increments, so Adam's bias correction runs ahead.
+    tensor, which each of them then increments, so Adam's bias correction runs ahead; or they hold the plain
+    number that CPU Adam saved, which torch's AdamW cannot take.
     """
     for group, saved in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(saved)
     for state in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+        if "step" in state:
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
 
 
 def _convert(path: Path) -> Path:
@@ -415,10 +424,11 @@ def _convert(path: Path) -> Path:
             path / MODEL_TAG,
             converted / MODEL_TAG,
         ],
-        env=os.environ | {"PYTHONPATH": repository},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(python_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+    on_one_rank(accelerator, partial(_refuse_foreign, path))
     )
     if run.returncode != 0:
         shutil.rmtree(converted, ignore_errors=True)
@@ -433,14 +443,18 @@ def _convert_main(source: str, target: str) -> None:
     """The process that `_convert` starts. One worker each: they would be forked, and use more memory."""
     from deepspeed.checkpoint.ds_to_universal import main
 
-    with _weights_only():
+    with _weights_only(Path(source)):
         main(
             Namespace(
                 input_folder=source,
                 output_folder=target,
+    before = _settings(engine)
                 num_extract_workers=1,
                 num_merge_workers=1,
                 keep_temp_folder=False,
+    # The saved groups replaced ours. Where torch's AdamW saved them, they lack settings that CPU Adam reads.
+    for group, own in zip(engine.optimizer.param_groups, before, strict=True):
+        group.update(own | group)
                 strict=True,
                 inject_missing_state=False,
             )
@@ -458,11 +472,12 @@ def _universal(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
+def _weights_only(checkpoint: Path) -> Iterator[None]:
     """`torch.load` unpickles tensors, plain containers and `_deepspeed_classes`, whatever its caller asks.
 
     The variable is PyTorch's only switch that also binds a caller who passes `weights_only=False`.
     """
+    python_path = [repository, *filter(None, [os.environ.get("PYTHONPATH")])]
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -470,7 +485,7 @@ def _weights_only() -> Iterator[None]:
         with torch.serialization.safe_globals(_deepspeed_classes()):
             yield
     except pickle.UnpicklingError as error:
-        raise ValueError(f"the checkpoint holds more than tensors and numbers: {error}") from error
+        raise ValueError(_foreign(checkpoint, "more than tensors and numbers")) from error
     finally:
         if before is None:
             del os.environ[name]
@@ -480,9 +495,6 @@ def _weights_only() -> Iterator[None]:
 
 def _deepspeed_classes() -> list[type]:
     """What DeepSpeed puts into its files besides tensors and numbers: plain data, all of it."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
     return [DynamicLossScaler, LossScaler, ZeroStageEnum]
 
 
@@ -518,6 +530,7 @@ def _random_states() -> dict:
     """The states of all generators, as tensors and plain numbers."""
     name, keys, *rest = np.random.get_state()
     return {
+    Raises ValueError where something in the checkpoint is refused.
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
@@ -532,6 +545,25 @@ def _restore_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise `ValueError` for the first file that names what `_weights_only` would refuse. Runs nothing of it.
+
+    The load itself refuses it, too, but does not say where it is, and advises to unpickle in full.
+    """
+    for file in sorted(path.rglob("*.pt")):
+        with _weights_only(file):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if names:
+            raise ValueError(_foreign(file, ", ".join(sorted(names))))
+
+
+def _foreign(file: Path, what: str) -> str:
+    return (
+        f"{file} holds {what}, which no checkpoint saved here does, and loading it could run foreign code: "
+        "--resume another checkpoint, or start again in another --output-dir"
+    )
 
 
 def _sync(file) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -190,12 +191,13 @@ def resumed(accelerator, run: TinyRun, folder: Path) -> dict:
     if accelerator.is_main_process:
         make_hostile(folder / "checkpoints/checkpoint_3_12", hostile, folder / "ran")
     accelerator.wait_for_everyone()
-    if same_ranks := json.loads((hostile / MANIFEST).read_text())["content"]["layout"]["ranks"] == (
-        accelerator.num_processes
-    ):
-        with pytest.raises(ValueError, match="more than tensors and numbers"):
-            load_checkpoint(accelerator, hostile)
-        assert not (folder / "ran").exists()
+    with pytest.raises(ValueError, match="--resume another checkpoint") as refused:
+        load_checkpoint(accelerator, hostile)
+    named = f"{hostile}/model/zero_pp_rank_0_mp_rank_00_model_states.pt holds posix.mkdir, "
+    assert str(refused.value).startswith(named)
+    for advice_of_torch in ("\n", "\033", "weights_only"):
+        assert advice_of_torch not in str(refused.value)
+    assert not (folder / "ran").exists()
 
     path = find_checkpoint(folder, "auto")
     load_checkpoint(accelerator, path)
@@ -204,6 +206,8 @@ def resumed(accelerator, run: TinyRun, folder: Path) -> dict:
     decays = [group["weight_decay"] for group in run.optimizer.param_groups]
     losses = [run.step(n) for n in range(SAVED_AT, STEPS)]
     accelerator.wait_for_everyone()
+    ranks = json.loads((path / MANIFEST).read_text())["content"]["layout"]["ranks"]
+    same_ranks = ranks == accelerator.num_processes
     assert [p.name for p in path.parent.iterdir()] == [path.name], "the conversion is cleaned up"
     return {"losses": losses, "weights": run.weights(), "draws": draws, "decays": decays}
 
@@ -284,7 +288,7 @@ def test_bfloat16_continues_bit_for_bit(tmp_path):
 def test_a_conversion_runs_no_foreign_code(two_ranks, tmp_path):
     hostile, ran = tmp_path / "hostile", tmp_path / "ran"
     make_hostile(two_ranks[0] / "checkpoints/checkpoint_3_12", hostile, ran)
-    with pytest.raises(RuntimeError, match=r"(?s)could not be converted.*posix\.mkdir"):
+    with pytest.raises(RuntimeError, match="(?s)could not be converted.*more than tensors and"):
         checkpoint._convert(hostile)
     assert not ran.exists() and not list(tmp_path.glob(f"{checkpoint.UNFINISHED}*"))
 
@@ -304,6 +308,20 @@ def test_the_hostile_file_is_hostile(two_ranks, tmp_path):
     torch.load(next((hostile / "model").glob("*")), weights_only=False)
     assert ran.exists()
 
+def test_a_conversion_finds_its_libraries_where_the_run_does(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(
+        checkpoint.subprocess,
+        "run",
+        lambda *_, env, **__: started.append(env) or SimpleNamespace(returncode=0),
+    )
+    repository = str(Path(checkpoint.__file__).parents[1])
+    for before, expected in ((f"/one{os.pathsep}/two", ["/one", "/two"]), ("", [])):
+        monkeypatch.setenv("PYTHONPATH", before)
+        checkpoint._convert(tmp_path / "checkpoint_1_4")
+        assert started.pop()["PYTHONPATH"].split(os.pathsep) == [repository, *expected]
+
+
 
 # --------------------------------------------------------------------------------------------------
 # Finding.
@@ -311,6 +329,51 @@ def test_the_hostile_file_is_hostile(two_ranks, tmp_path):
 
 @pytest.fixture
 def run_folder(two_ranks, tmp_path) -> Path:
+def test_files_of_every_python_can_be_loaded(monkeypatch, tmp_path):
+    """Python 3.11.2 by itself pickles an enum's member as `getattr(ZeroStageEnum, "weights")`."""
+
+    def by_name(stage: ZeroStageEnum, protocol: int) -> tuple:
+        return getattr, (type(stage), stage.name)
+
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", by_name)
+    files = checkpoint._RankFiles(tmp_path)
+    files.save({"zero_stage": ZeroStageEnum.weights}, tmp_path / "optim_states.pt")
+    assert files.error is None
+    checkpoint._refuse_foreign(tmp_path)
+    with checkpoint._weights_only(tmp_path):
+        loaded = torch.load(tmp_path / "optim_states.pt", weights_only=False)
+    assert loaded["zero_stage"] is ZeroStageEnum.weights
+
+
+class EngineOf:
+    """As much of DeepSpeed's engine as loading looks at: an optimiser, and what a checkpoint puts into it."""
+
+    def __init__(self, *, own: dict, saved: dict):
+        base = SimpleNamespace(state={0: {"step": 3}, 1: {"step": 3}, 2: {}})
+        self.optimizer = SimpleNamespace(param_groups=[{"params": [], **own}], optimizer=base)
+        self.saved = saved
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
+        self.optimizer.param_groups = [{"params": [], **self.saved}]
+        return folder, {}
+
+
+def test_another_optimiser_keeps_the_settings_that_the_saved_one_has_not(tmp_path):
+    """CPU Adam, for an offloaded optimiser, loads what torch's AdamW saved."""
+    engine = EngineOf(own={"lr": 1.0, "bias_correction": True}, saved={"lr": 0.5, "fused": None})
+    checkpoint._load_engine(engine, tmp_path)
+    assert checkpoint._settings(engine) == [{"lr": 0.5, "bias_correction": True, "fused": None}]
+
+
+def test_a_plain_step_becomes_a_tensor_of_each_states_own():
+    """torch's AdamW, on another number of ranks, loads what CPU Adam saved."""
+    engine = EngineOf(own={"lr": 1.0}, saved={})
+    checkpoint._mend_universal(engine, [{"lr": 0.5}])
+    first, second, empty = engine.optimizer.optimizer.state.values()
+    first["step"] += 1
+    assert (first["step"].item(), second["step"].item(), empty) == (4, 3, {})
+
+
     """A run with two good checkpoints."""
     folder = copy_run(two_ranks, tmp_path)
     checkpoints = folder / "checkpoints"
