@@ -4,12 +4,14 @@
         manifest.json        written last: sizes, SHA-256, steps, rows, ZeRO layout, the caller's state
         model/…              DeepSpeed's files: weights and optimiser, one pair per rank
         rank_{rank}.pt       the rank's random states and its optimiser's settings
+    checkpoints/abandoned-{n}/…    those that a run left behind when it was resumed from an earlier one
 
 Guarantees: a folder of that name was complete when it got it (written under another name, every file
 synced, renamed). A file that is missing, cut or changed is found by `verify_checkpoint`. A save that
 the disk refuses leaves the earlier checkpoints as they were, and all ranks learn of it alike. With the same
 number of ranks a resumed run continues bit for bit; with another, DeepSpeed's universal checkpoint
-redistributes the same float32 values.
+redistributes the same float32 values. With the optimiser offloaded it continues to rounding: DeepSpeed's CPU
+Adam multiplies the powers of its betas up from step to step, and computes them anew after a resume.
 
 Loads without running foreign code: DeepSpeed asks `torch.load` for full unpickling, which
 runs whatever a file says. Here PyTorch's own switch turns that into `weights_only` loading for the
@@ -23,9 +25,10 @@ number of ranks writes and reads as much again, in one process. All machines mus
 
 from __future__ import annotations
 
+import copyreg
 import errno
 import hashlib
-import copyreg
+import itertools
 import json
 import os
 import pickle
@@ -48,25 +51,26 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from termcolor import colored
 
 from anchor_context.agreement import on_one_rank
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 
 MANIFEST = "manifest.json"
 MODEL_TAG = "model"
 UNFINISHED = ".unfinished-"
+ABANDONED = "abandoned-"
 NAME = re.compile(r"checkpoint_(\d+)_(\d+)")
 CHUNK_BYTES = 1 << 20
-
-
-# --------------------------------------------------------------------------------------------------
-# Save.
 
 # DeepSpeed puts this enum into its files. Python 3.11.2 (Debian 12's) by itself pickles a member as a call of
 # `getattr`, which no `weights_only` load allows, or should; later versions by themselves do as this does.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Save.
 
 
 def save_checkpoint(
@@ -97,8 +101,7 @@ def save_checkpoint(
     unfinished = folder / f"{UNFINISHED}{final.name}"
 
     try:
-        if on_one_rank(accelerator, partial(_prepare, folder, unfinished, final)):
-            return final  # a run that was resumed here, and stopped before its next step
+        on_one_rank(accelerator, partial(_prepare, folder, unfinished))
         files = _RankFiles(unfinished)
         with _writing_through(engine, files):
             engine.save_checkpoint(str(unfinished), MODEL_TAG, save_latest=False)
@@ -147,15 +150,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def _prepare(folder: Path, unfinished: Path, final: Path) -> bool:
-    """Whether `final` is there already, complete. If not, make an empty `unfinished`."""
-    if final.exists() and not verify_checkpoint(final):
-        return True
+def _prepare(folder: Path, unfinished: Path) -> None:
+    """Make an empty `unfinished`, and remove what killed runs left of theirs."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{UNFINISHED}*"):  # of a run that was killed
+    for leftover in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover)
     (unfinished / MODEL_TAG).mkdir(parents=True)
-    return False
 
 
 def _finish(unfinished: Path, final: Path, content: dict) -> None:
@@ -169,10 +169,12 @@ def _finish(unfinished: Path, final: Path, content: dict) -> None:
         _sync(file)
     _sync_folder(unfinished / MODEL_TAG)
     _sync_folder(unfinished)
-    if final.exists():  # damaged, or `_prepare` would have found it
-        shutil.rmtree(final)
+    replaced = final.with_name(f"{UNFINISHED}replaced-{final.name}")
+    if final.exists():  # the caller saved this step before
+        final.rename(replaced)
     unfinished.rename(final)
     _sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _delete_oldest(folder: Path, newest: Path, *, keep: int) -> None:
@@ -259,6 +261,25 @@ def _writing_through(engine: DeepSpeedEngine, files: _RankFiles) -> Iterator[Non
 # Find.
 
 
+def check_resume(resume: str) -> None:
+    """Raise `ValueError` where `--resume PATH` names no checkpoint.
+
+    Cheap, to be called before any heavy work; `find_checkpoint` says whether it is whole.
+    """
+    if resume in ("never", "auto"):
+        return
+    path = Path(resume)
+    where = "checkpoints are the folders checkpoints/checkpoint_STEPS_ROWS in a run's --output-dir"
+    if not path.is_dir():
+        raise ValueError(f"--resume {resume}: no such folder; {where}")
+    missing = [name for name in (MANIFEST, MODEL_TAG) if not (path / name).exists()]
+    if missing:
+        raise ValueError(
+            f"--resume {resume} is no checkpoint (it has no {' and no '.join(missing)}); {where}; "
+            "a model to train on goes to --model_name_or_path"
+        )
+
+
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     """The checkpoint that `--resume` means. Not collective: run it on one rank, by `on_one_rank`.
 
@@ -269,14 +290,17 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         Its path; None for `never`, and for `auto` where there is none yet.
 
     Raises:
-        ValueError: the named checkpoint is damaged, or, for `auto`, every one is.
+        ValueError: the named checkpoint is none or damaged, or, for `auto`, every one is damaged.
     """
+    check_resume(resume)
     if resume == "never":
         return None
     if resume != "auto":
         problems = verify_checkpoint(Path(resume))
         if problems:
-            raise ValueError(f"--resume {resume} cannot be loaded: {_first(problems)}")
+            raise ValueError(
+                f"--resume {resume} cannot be loaded: {_first(problems)}; name another"
+            )
         return Path(resume)
     found = _checkpoints(Path(output_dir) / "checkpoints")
     for path in reversed(found):
@@ -296,6 +320,32 @@ def state_of_checkpoint(path: Path) -> dict:
     """The caller's state, with `steps` and `rows`, of a checkpoint that `find_checkpoint` gave."""
     content = _read_manifest(Path(path))
     return content["state"] | {"steps": content["steps"], "rows": content["rows"]}
+
+
+def set_aside_abandoned(output_dir: Path, resumed: Path) -> None:
+    """Take the checkpoints that a run resumed from `resumed` leaves behind out of its way. On one rank.
+
+    Those at its place or a later one are of another course of the training, or damaged: neither
+    `--resume auto` nor `keep` may count them as this run's. Nothing is deleted: they move to
+    `checkpoints/abandoned-{n}/`, where `--resume PATH` still finds them.
+    """
+    content = _read_manifest(resumed)
+    place = (content["steps"], content["rows"])
+    folder = Path(output_dir) / "checkpoints"
+    later = [path for path in _checkpoints(folder) if _place(path) >= place]
+    abandoned = [path for path in later if not path.samefile(resumed)]
+    if not abandoned:
+        return
+    numbered = (folder / f"{ABANDONED}{number}" for number in itertools.count(1))
+    aside = next(path for path in numbered if not path.exists())
+    aside.mkdir()
+    for path in abandoned:
+        path.rename(aside / path.name)
+    _sync_folder(folder)
+    names = ", ".join(path.name for path in abandoned)
+    _warn(
+        f"{names}: later than {resumed} and not this run's; moved to {aside}, delete them at will"
+    )
 
 
 def verify_checkpoint(path: Path) -> list[str]:
@@ -345,7 +395,13 @@ def _content_digest(content: dict) -> str:
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     found = [path for path in folder.glob("checkpoint_*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: [int(n) for n in NAME.fullmatch(path.name).groups()])
+    return sorted(found, key=_place)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Steps and rows, from a checkpoint's name."""
+    steps, rows = NAME.fullmatch(path.name).groups()
+    return int(steps), int(rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -371,6 +427,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
             f"{path} was saved under ZeRO stage {content['layout']['zero_stage']}, "
             f"this run has {engine.zero_optimization_stage()}: launch it with the same"
         )
+    on_one_rank(accelerator, partial(_refuse_foreign, path))
     if content["layout"] == _layout(engine):
         with _weights_only(path):
             _load_engine(engine, path)
@@ -390,9 +447,13 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
 
 
 def _load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
+    before = _settings(engine)
     loaded, _ = engine.load_checkpoint(str(folder), MODEL_TAG)
     if loaded is None:
         raise ValueError(f"DeepSpeed found nothing to load in {folder / MODEL_TAG}")
+    # The saved groups replaced ours. Where torch's AdamW saved them, they lack settings that CPU Adam reads.
+    for group, own in zip(engine.optimizer.param_groups, before, strict=True):
+        group.update(own | group)
 
 
 def _mend_universal(engine: DeepSpeedEngine, settings: list[dict]) -> None:
@@ -416,6 +477,7 @@ def _convert(path: Path) -> Path:
     """
     converted = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}universal-", dir=path.parent))
     repository = str(Path(__file__).parents[1])
+    python_path = [repository, *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
         [
             sys.executable,
@@ -428,7 +490,6 @@ def _convert(path: Path) -> Path:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    on_one_rank(accelerator, partial(_refuse_foreign, path))
     )
     if run.returncode != 0:
         shutil.rmtree(converted, ignore_errors=True)
@@ -448,13 +509,9 @@ def _convert_main(source: str, target: str) -> None:
             Namespace(
                 input_folder=source,
                 output_folder=target,
-    before = _settings(engine)
                 num_extract_workers=1,
                 num_merge_workers=1,
                 keep_temp_folder=False,
-    # The saved groups replaced ours. Where torch's AdamW saved them, they lack settings that CPU Adam reads.
-    for group, own in zip(engine.optimizer.param_groups, before, strict=True):
-        group.update(own | group)
                 strict=True,
                 inject_missing_state=False,
             )
@@ -476,8 +533,8 @@ def _weights_only(checkpoint: Path) -> Iterator[None]:
     """`torch.load` unpickles tensors, plain containers and `_deepspeed_classes`, whatever its caller asks.
 
     The variable is PyTorch's only switch that also binds a caller who passes `weights_only=False`.
+    Raises ValueError where something in the checkpoint is refused.
     """
-    python_path = [repository, *filter(None, [os.environ.get("PYTHONPATH")])]
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -491,6 +548,25 @@ def _weights_only(checkpoint: Path) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise `ValueError` for the first file that names what `_weights_only` would refuse. Runs nothing of it.
+
+    The load itself refuses it, too, but does not say where it is, and advises to unpickle in full.
+    """
+    for file in sorted(path.rglob("*.pt")):
+        with _weights_only(file):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if names:
+            raise ValueError(_foreign(file, ", ".join(sorted(names))))
+
+
+def _foreign(file: Path, what: str) -> str:
+    return (
+        f"{file} holds {what}, which no checkpoint saved here does, and loading it could run foreign code: "
+        "--resume another checkpoint, or start again in another --output-dir"
+    )
 
 
 def _deepspeed_classes() -> list[type]:
@@ -530,7 +606,6 @@ def _random_states() -> dict:
     """The states of all generators, as tensors and plain numbers."""
     name, keys, *rest = np.random.get_state()
     return {
-    Raises ValueError where something in the checkpoint is refused.
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
@@ -545,25 +620,6 @@ def _restore_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Raise `ValueError` for the first file that names what `_weights_only` would refuse. Runs nothing of it.
-
-    The load itself refuses it, too, but does not say where it is, and advises to unpickle in full.
-    """
-    for file in sorted(path.rglob("*.pt")):
-        with _weights_only(file):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        if names:
-            raise ValueError(_foreign(file, ", ".join(sorted(names))))
-
-
-def _foreign(file: Path, what: str) -> str:
-    return (
-        f"{file} holds {what}, which no checkpoint saved here does, and loading it could run foreign code: "
-        "--resume another checkpoint, or start again in another --output-dir"
-    )
 
 
 def _sync(file) -> None:
