@@ -197,10 +197,9 @@ def resumed(accelerator, run: TinyRun, folder: Path) -> dict:
     if accelerator.is_main_process:
         make_hostile(folder / "checkpoints/checkpoint_3_12", hostile, folder / "ran")
     accelerator.wait_for_everyone()
-    with pytest.raises(ValueError, match="--resume another checkpoint") as refused:
+    named = rf"^{hostile}/model/\S+_states\.pt holds posix\.mkdir, .* --resume another checkpoint"
+    with pytest.raises(ValueError, match=named) as refused:
         load_checkpoint(accelerator, hostile)
-    named = f"{hostile}/model/zero_pp_rank_0_mp_rank_00_model_states.pt holds posix.mkdir, "
-    assert str(refused.value).startswith(named)
     for advice_of_torch in ("\n", "\033", "weights_only"):
         assert advice_of_torch not in str(refused.value)
     assert not (folder / "ran").exists()
