@@ -49,10 +49,12 @@ from anchor_context.agreement import EXIT_TRY_AGAIN, PreemptionGuard, on_each_ma
 from anchor_context.attention.calls import sliding_window_of
 from anchor_context.attention.patterns import PATTERNS, check_pattern
 from anchor_context.checkpoint import (
+    check_resume,
     disk_errors,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    set_aside_abandoned,
     state_of_checkpoint,
 )
 from anchor_context.command_line import FlagParser, model_errors, one_line_errors
@@ -243,6 +245,7 @@ def main(flags: Flags) -> None:
 
     check_flags(flags)
     output = Path(flags.output_dir)
+    check_resume(flags.resume)
     check_output_is_free(output, flags)
     grid = plan_grid(flags)
     check_row_length(flags.seq_length, grid)
@@ -397,6 +400,7 @@ def main(flags: Flags) -> None:
 
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
+        on_one_rank(accelerator, partial(set_aside_abandoned, output, checkpoint))
         # A kill may have come between the checkpoint and the model of the same step.
         if model_is_due(flags, step, max_steps) and not (output / f"step-{step}").exists():
             save_model(accelerator, model, tokenizer, output / f"step-{step}", must=True)
@@ -682,19 +686,25 @@ def check_output_is_free(output: Path, flags: Flags) -> None:
 
     A run with models but no checkpoint cannot be continued, and to start over would overwrite it.
     """
-    found = [
-        name for name in ("args.json", "metrics.jsonl", "checkpoints") if (output / name).exists()
-    ]
-    if found and flags.resume == "never":
-        raise ValueError(
-            f"--output-dir {output} holds another run ({', '.join(found)}); "
-            "name another folder, or pass --resume auto to continue it"
-        )
     models = sorted(path.name for path in output.glob("step-*"))
-    if models and flags.resume == "auto" and not any(output.glob("checkpoints/checkpoint_*")):
+    has_checkpoint = any(output.glob("checkpoints/checkpoint_*"))
+    if flags.resume == "auto":
+        if models and not has_checkpoint:
+            raise ValueError(
+                f"--resume auto: {output} has models ({', '.join(models)}) but no checkpoint to continue "
+                "from; name another --output-dir, and pass --checkpoint_every to be able to continue that one"
+            )
+        return
+    named = flags.resume != "never"
+    if named and Path(flags.resume).resolve().is_relative_to((output / "checkpoints").resolve()):
+        return
+    records = [n for n in ("args.json", "metrics.jsonl", "checkpoints") if (output / n).exists()]
+    if found := records + models:
+        whose = f" than that of --resume {flags.resume}" if named else ""
+        continue_it = ", or pass --resume auto to continue it" if has_checkpoint else ""
         raise ValueError(
-            f"--resume auto: {output} has models ({', '.join(models)}) but no checkpoint to continue "
-            "from; name another --output-dir, and pass --checkpoint_every to be able to continue that one"
+            f"--output-dir {output} holds another run{whose} ({', '.join(found)}); "
+            f"name another folder{continue_it}"
         )
 
 

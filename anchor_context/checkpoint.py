@@ -4,16 +4,19 @@
         manifest.json        written last: sizes, SHA-256, steps, rows, ZeRO layout, the caller's state
         model/…              DeepSpeed's files: weights and optimiser, one pair per rank
         rank_{rank}.pt       the rank's random states and its optimiser's settings
+    checkpoints/abandoned-{n}/…    those that a run left behind when it was resumed from an earlier one
 
 Guarantees: a folder of that name was complete when it got it (written under another name, every file
 synced, renamed). A file that is missing, cut or changed is found by `verify_checkpoint`. A save that
 the disk refuses leaves the earlier checkpoints as they were, and all ranks learn of it alike. With the same
 number of ranks a resumed run continues bit for bit; with another, DeepSpeed's universal checkpoint
-redistributes the same float32 values.
+redistributes the same float32 values. With the optimiser offloaded it continues to rounding: DeepSpeed's CPU
+Adam multiplies the powers of its betas up from step to step, and computes them anew after a resume.
 
 Loads without running foreign code: DeepSpeed asks `torch.load` for full unpickling, which
 runs whatever a file says. Here PyTorch's own switch turns that into `weights_only` loading for the
-duration, and only the classes in `_deepspeed_classes` are let through; any other is an error that names it.
+duration, and only the classes in `_deepspeed_classes` are let through; any other is an error that names the
+file and the class.
 
 Costs: saving writes 12 bytes per parameter (float32 weights and both Adam moments; 2 more in bfloat16)
 at the speed of disk and SHA-256, while training waits. Finding one reads it whole. Loading with another
@@ -22,8 +25,10 @@ number of ranks writes and reads as much again, in one process. All machines mus
 
 from __future__ import annotations
 
+import copyreg
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -46,6 +51,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from termcolor import colored
 
 from anchor_context.agreement import on_one_rank
@@ -53,8 +60,13 @@ from anchor_context.agreement import on_one_rank
 MANIFEST = "manifest.json"
 MODEL_TAG = "model"
 UNFINISHED = ".unfinished-"
+ABANDONED = "abandoned-"
 NAME = re.compile(r"checkpoint_(\d+)_(\d+)")
 CHUNK_BYTES = 1 << 20
+
+# DeepSpeed puts this enum into its files. Python 3.11.2 (Debian 12's) by itself pickles a member as a call of
+# `getattr`, which no `weights_only` load allows, or should; later versions by themselves do as this does.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,8 +101,7 @@ def save_checkpoint(
     unfinished = folder / f"{UNFINISHED}{final.name}"
 
     try:
-        if on_one_rank(accelerator, partial(_prepare, folder, unfinished, final)):
-            return final  # a run that was resumed here, and stopped before its next step
+        on_one_rank(accelerator, partial(_prepare, folder, unfinished))
         files = _RankFiles(unfinished)
         with _writing_through(engine, files):
             engine.save_checkpoint(str(unfinished), MODEL_TAG, save_latest=False)
@@ -139,15 +150,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def _prepare(folder: Path, unfinished: Path, final: Path) -> bool:
-    """Whether `final` is there already, complete. If not, make an empty `unfinished`."""
-    if final.exists() and not verify_checkpoint(final):
-        return True
+def _prepare(folder: Path, unfinished: Path) -> None:
+    """Make an empty `unfinished`, and remove what killed runs left of theirs."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{UNFINISHED}*"):  # of a run that was killed
+    for leftover in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover)
     (unfinished / MODEL_TAG).mkdir(parents=True)
-    return False
 
 
 def _finish(unfinished: Path, final: Path, content: dict) -> None:
@@ -161,10 +169,12 @@ def _finish(unfinished: Path, final: Path, content: dict) -> None:
         _sync(file)
     _sync_folder(unfinished / MODEL_TAG)
     _sync_folder(unfinished)
-    if final.exists():  # damaged, or `_prepare` would have found it
-        shutil.rmtree(final)
+    replaced = final.with_name(f"{UNFINISHED}replaced-{final.name}")
+    if final.exists():  # the caller saved this step before
+        final.rename(replaced)
     unfinished.rename(final)
     _sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _delete_oldest(folder: Path, newest: Path, *, keep: int) -> None:
@@ -251,6 +261,25 @@ def _writing_through(engine: DeepSpeedEngine, files: _RankFiles) -> Iterator[Non
 # Find.
 
 
+def check_resume(resume: str) -> None:
+    """Raise `ValueError` where `--resume PATH` names no checkpoint.
+
+    Cheap, to be called before any heavy work; `find_checkpoint` says whether it is whole.
+    """
+    if resume in ("never", "auto"):
+        return
+    path = Path(resume)
+    where = "checkpoints are the folders checkpoints/checkpoint_STEPS_ROWS in a run's --output-dir"
+    if not path.is_dir():
+        raise ValueError(f"--resume {resume}: no such folder; {where}")
+    missing = [name for name in (MANIFEST, MODEL_TAG) if not (path / name).exists()]
+    if missing:
+        raise ValueError(
+            f"--resume {resume} is no checkpoint (it has no {' and no '.join(missing)}); {where}; "
+            "a model to train on goes to --model_name_or_path"
+        )
+
+
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     """The checkpoint that `--resume` means. Not collective: run it on one rank, by `on_one_rank`.
 
@@ -261,14 +290,17 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         Its path; None for `never`, and for `auto` where there is none yet.
 
     Raises:
-        ValueError: the named checkpoint is damaged, or, for `auto`, every one is.
+        ValueError: the named checkpoint is none or damaged, or, for `auto`, every one is damaged.
     """
+    check_resume(resume)
     if resume == "never":
         return None
     if resume != "auto":
         problems = verify_checkpoint(Path(resume))
         if problems:
-            raise ValueError(f"--resume {resume} cannot be loaded: {_first(problems)}")
+            raise ValueError(
+                f"--resume {resume} cannot be loaded: {_first(problems)}; name another"
+            )
         return Path(resume)
     found = _checkpoints(Path(output_dir) / "checkpoints")
     for path in reversed(found):
@@ -288,6 +320,32 @@ def state_of_checkpoint(path: Path) -> dict:
     """The caller's state, with `steps` and `rows`, of a checkpoint that `find_checkpoint` gave."""
     content = _read_manifest(Path(path))
     return content["state"] | {"steps": content["steps"], "rows": content["rows"]}
+
+
+def set_aside_abandoned(output_dir: Path, resumed: Path) -> None:
+    """Take the checkpoints that a run resumed from `resumed` leaves behind out of its way. On one rank.
+
+    Those at its place or a later one are of another course of the training, or damaged: neither
+    `--resume auto` nor `keep` may count them as this run's. Nothing is deleted: they move to
+    `checkpoints/abandoned-{n}/`, where `--resume PATH` still finds them.
+    """
+    content = _read_manifest(resumed)
+    place = (content["steps"], content["rows"])
+    folder = Path(output_dir) / "checkpoints"
+    later = [path for path in _checkpoints(folder) if _place(path) >= place]
+    abandoned = [path for path in later if not path.samefile(resumed)]
+    if not abandoned:
+        return
+    numbered = (folder / f"{ABANDONED}{number}" for number in itertools.count(1))
+    aside = next(path for path in numbered if not path.exists())
+    aside.mkdir()
+    for path in abandoned:
+        path.rename(aside / path.name)
+    _sync_folder(folder)
+    names = ", ".join(path.name for path in abandoned)
+    _warn(
+        f"{names}: later than {resumed} and not this run's; moved to {aside}, delete them at will"
+    )
 
 
 def verify_checkpoint(path: Path) -> list[str]:
@@ -337,7 +395,13 @@ def _content_digest(content: dict) -> str:
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     found = [path for path in folder.glob("checkpoint_*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: [int(n) for n in NAME.fullmatch(path.name).groups()])
+    return sorted(found, key=_place)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Steps and rows, from a checkpoint's name."""
+    steps, rows = NAME.fullmatch(path.name).groups()
+    return int(steps), int(rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -363,8 +427,9 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
             f"{path} was saved under ZeRO stage {content['layout']['zero_stage']}, "
             f"this run has {engine.zero_optimization_stage()}: launch it with the same"
         )
+    on_one_rank(accelerator, partial(_refuse_foreign, path))
     if content["layout"] == _layout(engine):
-        with _weights_only():
+        with _weights_only(path):
             _load_engine(engine, path)
             rank_state = torch.load(
                 path / f"rank_{accelerator.process_index}.pt", weights_only=True
@@ -372,7 +437,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
         _restore_random_states(rank_state["random"])
     else:
         converted = on_one_rank(accelerator, partial(_convert, path))
-        with _weights_only(), _universal(engine):
+        with _weights_only(path), _universal(engine):
             _load_engine(engine, converted)
             rank_state = torch.load(path / "rank_0.pt", weights_only=True)
         accelerator.wait_for_everyone()
@@ -382,22 +447,27 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
 
 
 def _load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
+    before = _settings(engine)
     loaded, _ = engine.load_checkpoint(str(folder), MODEL_TAG)
     if loaded is None:
         raise ValueError(f"DeepSpeed found nothing to load in {folder / MODEL_TAG}")
+    # The saved groups replaced ours. Where torch's AdamW saved them, they lack settings that CPU Adam reads.
+    for group, own in zip(engine.optimizer.param_groups, before, strict=True):
+        group.update(own | group)
 
 
 def _mend_universal(engine: DeepSpeedEngine, settings: list[dict]) -> None:
     """Put right what DeepSpeed 0.19.8 does to the optimiser when it loads a universal checkpoint.
 
     Every group gets the settings of the first, weight decay among them. And all states share one step
-    tensor, which each of them then increments, so Adam's bias correction runs ahead.
+    tensor, which each of them then increments, so Adam's bias correction runs ahead; or they hold the plain
+    number that CPU Adam saved, which torch's AdamW cannot take.
     """
     for group, saved in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(saved)
     for state in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+        if "step" in state:
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
 
 
 def _convert(path: Path) -> Path:
@@ -407,6 +477,7 @@ def _convert(path: Path) -> Path:
     """
     converted = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}universal-", dir=path.parent))
     repository = str(Path(__file__).parents[1])
+    python_path = [repository, *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
         [
             sys.executable,
@@ -415,7 +486,7 @@ def _convert(path: Path) -> Path:
             path / MODEL_TAG,
             converted / MODEL_TAG,
         ],
-        env=os.environ | {"PYTHONPATH": repository},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(python_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -433,7 +504,7 @@ def _convert_main(source: str, target: str) -> None:
     """The process that `_convert` starts. One worker each: they would be forked, and use more memory."""
     from deepspeed.checkpoint.ds_to_universal import main
 
-    with _weights_only():
+    with _weights_only(Path(source)):
         main(
             Namespace(
                 input_folder=source,
@@ -458,10 +529,11 @@ def _universal(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
+def _weights_only(checkpoint: Path) -> Iterator[None]:
     """`torch.load` unpickles tensors, plain containers and `_deepspeed_classes`, whatever its caller asks.
 
     The variable is PyTorch's only switch that also binds a caller who passes `weights_only=False`.
+    Raises ValueError where something in the checkpoint is refused.
     """
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
@@ -470,7 +542,7 @@ def _weights_only() -> Iterator[None]:
         with torch.serialization.safe_globals(_deepspeed_classes()):
             yield
     except pickle.UnpicklingError as error:
-        raise ValueError(f"the checkpoint holds more than tensors and numbers: {error}") from error
+        raise ValueError(_foreign(checkpoint, "more than tensors and numbers")) from error
     finally:
         if before is None:
             del os.environ[name]
@@ -478,11 +550,27 @@ def _weights_only() -> Iterator[None]:
             os.environ[name] = before
 
 
+def _refuse_foreign(path: Path) -> None:
+    """Raise `ValueError` for the first file that names what `_weights_only` would refuse. Runs nothing of it.
+
+    The load itself refuses it, too, but does not say where it is, and advises to unpickle in full.
+    """
+    for file in sorted(path.rglob("*.pt")):
+        with _weights_only(file):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if names:
+            raise ValueError(_foreign(file, ", ".join(sorted(names))))
+
+
+def _foreign(file: Path, what: str) -> str:
+    return (
+        f"{file} holds {what}, which no checkpoint saved here does, and loading it could run foreign code: "
+        "--resume another checkpoint, or start again in another --output-dir"
+    )
+
+
 def _deepspeed_classes() -> list[type]:
     """What DeepSpeed puts into its files besides tensors and numbers: plain data, all of it."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
     return [DynamicLossScaler, LossScaler, ZeroStageEnum]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from runs import Run, metrics, same, started, weights
 
+from anchor_context.checkpoint import find_checkpoint
+
 ROWS_PER_STEP = 4
 EVERY_3 = ("--checkpoint_every", "3")
 SCHEDULE = ("--lr_scheduler_type", "cosine", "--warmup_steps", "5")
@@ -103,6 +105,28 @@ def test_killed_while_saving_and_the_last_checkpoint_damaged(undisturbed, corpus
     assert f"resumed  {complete(output)[0].parent}/checkpoint_" in printed
     assert not is_saving(output)
     assert_same_run(output, undisturbed)
+
+
+def test_a_run_taken_back_goes_on_from_there_and_stays_there(undisturbed, corpus, cache, tmp_path):
+    """Another rate from step 10 to 20, where the first course has left a checkpoint of its own."""
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    old = complete(output)
+    assert [path.name for path in old] == [f"checkpoint_{n}_{4 * n}" for n in (10, 20)]
+    back = ("--resume", str(old[0]), "--learning-rate", "1e-6")
+    flags = ("--max-train-steps", "20", "--checkpoint_every", "10", "--keep_checkpoints", "2")
+    manifest = (old[1] / "manifest.json").read_bytes()
+    with started(corpus, 2, output, *split(2), *back, *flags, *cache) as run:
+        printed = run.finish(0)
+    assert f"resumed  {old[0]}: 10 steps, 40 rows done" in printed
+    assert complete(output) == old
+    assert (old[1] / "manifest.json").read_bytes() != manifest
+    assert find_checkpoint(output, "auto") == old[1]
+    aside = output / "checkpoints/abandoned-1"
+    assert [path.name for path in aside.iterdir()] == [old[1].name]
+    assert (aside / old[1].name / "manifest.json").read_bytes() == manifest
+    ours, first = results(output), results(undisturbed)
+    assert len(ours) == 20 and ours[:10] == first[:10] and ours[11:] != first[11:20]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -23,12 +24,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from anchor_context import checkpoint
+from anchor_context.agreement import on_one_rank
 from anchor_context.checkpoint import (
+    ABANDONED,
     MANIFEST,
+    check_resume,
     disk_errors,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    set_aside_abandoned,
     state_of_checkpoint,
     verify_checkpoint,
 )
@@ -137,7 +142,7 @@ def undisturbed(accelerator, run: TinyRun, folder: Path) -> dict:
     assert saved == checkpoints / "checkpoint_3_12"
     before = manifest_time(saved)
     assert save(folder, steps=SAVED_AT, rows=SAVED_AT * ROWS, keep=1) == saved
-    assert manifest_time(saved) == before, "a complete checkpoint is not written again"
+    assert manifest_time(saved) != before, "what lies there may be of another course: it is written"
     draws = run.draws()
 
     # One rank's disk is full: every rank learns of it, and nothing has changed.
@@ -162,26 +167,28 @@ def undisturbed(accelerator, run: TinyRun, folder: Path) -> dict:
     losses += [run.step(n) for n in range(SAVED_AT, STEPS)]
     weights = run.weights()
 
-    # The next ones push out the oldest, and only it.
-    for steps in (10, 9, 11):  # 10: left by another run that went further
+    # The next ones push out the oldest, and only it; what was abandoned on going back to 8 does not count.
+    many = folder / "many/checkpoints"
+    for steps in (8, 10):
         save(folder / "many", steps=steps, rows=steps * ROWS, keep=2)
+    back = partial(set_aside_abandoned, folder / "many", many / "checkpoint_8_32")
+    on_one_rank(accelerator, back)
+    for steps, kept in ((9, {"8_32", "9_36"}), (10, {"9_36", "10_40"}), (11, {"10_40", "11_44"})):
+        save(folder / "many", steps=steps, rows=steps * ROWS, keep=2)
+        accelerator.wait_for_everyone()
+        assert {p.name for p in many.glob("checkpoint_*")} == {f"checkpoint_{k}" for k in kept}
+        accelerator.wait_for_everyone()  # else the main rank makes the next one while others look
+    save(folder / "many", steps=12, rows=48, keep=1)
     accelerator.wait_for_everyone()
-    assert {p.name for p in (folder / "many/checkpoints").iterdir()} == {
-        "checkpoint_10_40",
-        "checkpoint_11_44",
-    }
-    accelerator.wait_for_everyone()  # else the main rank makes the next one while the others look
-    save(folder / "many", steps=1, rows=4, keep=1)
-    accelerator.wait_for_everyone()
-    assert [p.name for p in (folder / "many/checkpoints").iterdir()] == ["checkpoint_1_4"]
+    assert {p.name for p in many.iterdir()} == {"checkpoint_12_48", f"{ABANDONED}1"}
+    assert verify_checkpoint(many / f"{ABANDONED}1/checkpoint_10_40") == []
     return {"losses": losses, "weights": weights, "draws": draws}
 
 
-def make_and_lose(prepare, folder: Path, unfinished: Path, final: Path) -> bool:
-    prepare(folder, unfinished, final)
+def make_and_lose(prepare, folder: Path, unfinished: Path) -> None:
+    prepare(folder, unfinished)
     shutil.rmtree(folder)
     folder.write_text("in the way")
-    return False
 
 
 def resumed(accelerator, run: TinyRun, folder: Path) -> dict:
@@ -190,14 +197,16 @@ def resumed(accelerator, run: TinyRun, folder: Path) -> dict:
     if accelerator.is_main_process:
         make_hostile(folder / "checkpoints/checkpoint_3_12", hostile, folder / "ran")
     accelerator.wait_for_everyone()
-    if same_ranks := json.loads((hostile / MANIFEST).read_text())["content"]["layout"]["ranks"] == (
-        accelerator.num_processes
-    ):
-        with pytest.raises(ValueError, match="more than tensors and numbers"):
-            load_checkpoint(accelerator, hostile)
-        assert not (folder / "ran").exists()
+    named = rf"^{hostile}/model/\S+_states\.pt holds posix\.mkdir, .* --resume another checkpoint"
+    with pytest.raises(ValueError, match=named) as refused:
+        load_checkpoint(accelerator, hostile)
+    for advice_of_torch in ("\n", "\033", "weights_only"):
+        assert advice_of_torch not in str(refused.value)
+    assert not (folder / "ran").exists()
 
     path = find_checkpoint(folder, "auto")
+    ranks = json.loads((path / MANIFEST).read_text())["content"]["layout"]["ranks"]
+    same_ranks = ranks == accelerator.num_processes
     load_checkpoint(accelerator, path)
     assert state_of_checkpoint(path) == STATE | {"steps": SAVED_AT, "rows": SAVED_AT * ROWS}
     draws = run.draws() if same_ranks else None
@@ -284,7 +293,7 @@ def test_bfloat16_continues_bit_for_bit(tmp_path):
 def test_a_conversion_runs_no_foreign_code(two_ranks, tmp_path):
     hostile, ran = tmp_path / "hostile", tmp_path / "ran"
     make_hostile(two_ranks[0] / "checkpoints/checkpoint_3_12", hostile, ran)
-    with pytest.raises(RuntimeError, match=r"(?s)could not be converted.*posix\.mkdir"):
+    with pytest.raises(RuntimeError, match="(?s)could not be converted.*more than tensors and"):
         checkpoint._convert(hostile)
     assert not ran.exists() and not list(tmp_path.glob(f"{checkpoint.UNFINISHED}*"))
 
@@ -298,11 +307,70 @@ def test_a_conversion_that_outlives_its_run_has_its_folder_for_itself(monkeypatc
         assert folder.is_dir() and folder.name.startswith(checkpoint.UNFINISHED)
 
 
+def test_a_conversion_finds_its_libraries_where_the_run_does(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(
+        checkpoint.subprocess,
+        "run",
+        lambda *_, env, **__: started.append(env) or SimpleNamespace(returncode=0),
+    )
+    repository = str(Path(checkpoint.__file__).parents[1])
+    for before, expected in ((f"/one{os.pathsep}/two", ["/one", "/two"]), ("", [])):
+        monkeypatch.setenv("PYTHONPATH", before)
+        checkpoint._convert(tmp_path / "checkpoint_1_4")
+        assert started.pop()["PYTHONPATH"].split(os.pathsep) == [repository, *expected]
+
+
 def test_the_hostile_file_is_hostile(two_ranks, tmp_path):
     hostile, ran = tmp_path / "hostile", tmp_path / "ran"
     make_hostile(two_ranks[0] / "checkpoints/checkpoint_3_12", hostile, ran)
     torch.load(next((hostile / "model").glob("*")), weights_only=False)
     assert ran.exists()
+
+
+def test_files_of_every_python_can_be_loaded(monkeypatch, tmp_path):
+    """Python 3.11.2 by itself pickles an enum's member as `getattr(ZeroStageEnum, "weights")`."""
+
+    def by_name(stage: ZeroStageEnum, protocol: int) -> tuple:
+        return getattr, (type(stage), stage.name)
+
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", by_name)
+    files = checkpoint._RankFiles(tmp_path)
+    files.save({"zero_stage": ZeroStageEnum.weights}, tmp_path / "optim_states.pt")
+    assert files.error is None
+    checkpoint._refuse_foreign(tmp_path)
+    with checkpoint._weights_only(tmp_path):
+        loaded = torch.load(tmp_path / "optim_states.pt", weights_only=False)
+    assert loaded["zero_stage"] is ZeroStageEnum.weights
+
+
+class EngineOf:
+    """As much of DeepSpeed's engine as loading looks at: an optimiser, and what a checkpoint puts into it."""
+
+    def __init__(self, *, own: dict, saved: dict):
+        base = SimpleNamespace(state={0: {"step": 3}, 1: {"step": 3}, 2: {}})
+        self.optimizer = SimpleNamespace(param_groups=[{"params": [], **own}], optimizer=base)
+        self.saved = saved
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
+        self.optimizer.param_groups = [{"params": [], **self.saved}]
+        return folder, {}
+
+
+def test_another_optimiser_keeps_the_settings_that_the_saved_one_has_not(tmp_path):
+    """CPU Adam, for an offloaded optimiser, loads what torch's AdamW saved."""
+    engine = EngineOf(own={"lr": 1.0, "bias_correction": True}, saved={"lr": 0.5, "fused": None})
+    checkpoint._load_engine(engine, tmp_path)
+    assert checkpoint._settings(engine) == [{"lr": 0.5, "bias_correction": True, "fused": None}]
+
+
+def test_a_plain_step_becomes_a_tensor_of_each_states_own():
+    """torch's AdamW, on another number of ranks, loads what CPU Adam saved."""
+    engine = EngineOf(own={"lr": 1.0}, saved={})
+    checkpoint._mend_universal(engine, [{"lr": 0.5}])
+    first, second, empty = engine.optimizer.optimizer.state.values()
+    first["step"] += 1
+    assert (first["step"].item(), second["step"].item(), empty) == (4, 3, {})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -335,10 +403,65 @@ def test_nothing_to_resume_from_is_a_fresh_run(tmp_path):
     assert find_checkpoint(tmp_path, "auto") is None
     (tmp_path / f"checkpoints/{checkpoint.UNFINISHED}checkpoint_5_20/model").mkdir(parents=True)
     assert find_checkpoint(tmp_path, "auto") is None
-    with pytest.raises(
-        ValueError, match=r"--resume /nowhere cannot be loaded: manifest\.json: No such"
-    ):
-        find_checkpoint(tmp_path, "/nowhere")
+
+
+def test_a_path_that_is_no_checkpoint_is_told_where_they_are(tmp_path):
+    for resume in ("never", "auto"):
+        check_resume(resume)
+    where = (
+        "; checkpoints are the folders checkpoints/checkpoint_STEPS_ROWS in a run's --output-dir"
+    )
+    nowhere = str(tmp_path / "nowhere")
+    for check in (check_resume, partial(find_checkpoint, tmp_path)):
+        with pytest.raises(ValueError, match=f"^--resume {nowhere}: no such folder{where}$"):
+            check(nowhere)
+    prepared_rows = tmp_path / "rows"
+    prepared_rows.mkdir()
+    (prepared_rows / MANIFEST).write_text("{}")
+    (tmp_path / "model").mkdir()
+    for folder, lacks in ((prepared_rows, "no model"), (tmp_path, "no manifest.json")):
+        with pytest.raises(ValueError) as refused:
+            check_resume(str(folder))
+        assert str(refused.value) == (
+            f"--resume {folder} is no checkpoint (it has {lacks}){where}; "
+            "a model to train on goes to --model_name_or_path"
+        )
+
+
+def test_a_run_taken_back_leaves_the_later_checkpoints_aside(two_ranks, tmp_path, capsys):
+    run_folder = copy_run(two_ranks, tmp_path)
+    checkpoints = run_folder / "checkpoints"
+    old, later = checkpoints / "checkpoint_3_12", checkpoints / "checkpoint_10_40"
+    shutil.copytree(old, checkpoints / "checkpoint_2_8")
+    set_aside_abandoned(run_folder, old)
+    assert find_checkpoint(run_folder, "auto") == old, "the newest abandons nothing"
+    assert not capsys.readouterr().err
+
+    shutil.copytree(old, later)
+    aside = [checkpoints / f"{ABANDONED}{n}" for n in (1, 2, 3)]
+    set_aside_abandoned(run_folder, old)
+    assert f"checkpoint_10_40: later than {old} and not this run's" in capsys.readouterr().err
+    assert find_checkpoint(run_folder, "auto") == old
+    assert find_checkpoint(run_folder, str(aside[0] / later.name)) == aside[0] / later.name
+
+    # A second time, from among those aside: what has the same place in the run is not the same.
+    shutil.copytree(old, checkpoints / "checkpoint_3_16")
+    other = shutil.copytree(old, aside[0] / "checkpoint_3_12")
+    set_aside_abandoned(run_folder, other)
+    assert {p.name for p in aside[1].iterdir()} == {"checkpoint_3_12", "checkpoint_3_16"}
+    assert {p.name for p in aside[0].iterdir()} == {"checkpoint_3_12", "checkpoint_10_40"}
+
+    # From another folder's checkpoint into a new one.
+    set_aside_abandoned(tmp_path / "new", other)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_not_deleted(run_folder):
+    damaged = run_folder / "checkpoints/checkpoint_10_40"
+    flip(damaged / "rank_0.pt", 100)
+    set_aside_abandoned(run_folder, find_checkpoint(run_folder, "auto"))
+    assert not damaged.exists()
+    assert (run_folder / f"checkpoints/{ABANDONED}1/checkpoint_10_40/rank_0.pt").exists()
 
 
 DAMAGES = {

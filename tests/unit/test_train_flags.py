@@ -218,9 +218,37 @@ def test_dynamic_rope_is_refused_where_ranks_share_a_row():
 def test_an_output_folder_with_another_run_is_refused(tmp_path):
     train.check_output_is_free(tmp_path, GOOD)
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match="holds another run .*--resume auto"):
+    with pytest.raises(
+        ValueError, match=r"holds another run \(metrics.jsonl\); name another folder$"
+    ):
         train.check_output_is_free(tmp_path, GOOD)
     train.check_output_is_free(tmp_path, replace(GOOD, resume="auto"))
+    (tmp_path / "checkpoints/checkpoint_100_400").mkdir(parents=True)
+    with pytest.raises(ValueError, match="folder, or pass --resume auto to continue it$"):
+        train.check_output_is_free(tmp_path, GOOD)
+
+
+def test_a_models_folder_alone_is_another_run(tmp_path):
+    (tmp_path / "step-120").mkdir()
+    with pytest.raises(ValueError, match=r"holds another run \(step-120\); name another folder$"):
+        train.check_output_is_free(tmp_path, GOOD)
+
+
+def test_another_runs_record_is_not_cut_to_a_checkpoint_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = Path("ours"), Path("theirs")
+    for run in (ours, theirs):
+        (run / "checkpoints/checkpoint_2_8").mkdir(parents=True)
+        (run / "args.json").touch()
+    for path in (ours / "checkpoints/checkpoint_2_8", tmp_path / "ours/checkpoints/abandoned-1/x"):
+        resumed = replace(GOOD, resume=str(path))
+        train.check_output_is_free(ours, resumed)
+        train.check_output_is_free(tmp_path / "ours", resumed)
+        train.check_output_is_free(tmp_path / "new", resumed)
+        with pytest.raises(
+            ValueError, match=f"theirs holds another run than that of .*{path.name}"
+        ):
+            train.check_output_is_free(theirs, resumed)
 
 
 def test_a_finished_run_without_checkpoints_is_not_started_over(tmp_path):
