@@ -7,7 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,9 @@ SETTINGS = {
 }
 
 
-def train_py(model_folder: Path, folder: Path, rows: list[list[str]]) -> list[float]:
+def train_py(
+    model_folder: Path, folder: Path, rows: list[list[str]], *, engine: str
+) -> list[float]:
     """train.py on the documents in the order of the rows; the losses of its steps."""
     lines = (json.dumps({"text": text}) for row in rows for text in row)
     (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
@@ -114,7 +116,7 @@ def train_py(model_folder: Path, folder: Path, rows: list[list[str]]) -> list[fl
     command += ["--main_process_port", "0", "train.py"]
     command += ["--model_name_or_path", model_folder, "--dataset", folder / "texts.jsonl"]
     command += ["--cache_dir", folder / "cache", "--output-dir", folder / "run"]
-    command += ["--seq-length", ROW, "--mixed_precision", "no"]
+    command += ["--seq-length", ROW, "--mixed_precision", "no", "--attn_engine", engine]
     command += ["--batch-size", 1, "--gradient-accumulate-every", 2]
     command += ["--max-train-steps", SETTINGS["max_steps"], "--learning-rate", 1e-2, "--seed", 7]
     result = subprocess.run(
@@ -130,14 +132,48 @@ def train_py(model_folder: Path, folder: Path, rows: list[list[str]]) -> list[fl
     return [json.loads(line)["loss"] for line in lines]
 
 
-def patched(model_folder: Path):
-    return patch_model(AutoModelForCausalLM.from_pretrained(model_folder), engine="flash")
+def batches_of_train_py(folder: Path, tokenizer, *, placement: str) -> list[dict]:
+    """What train.py trained on, from its cache: a batch for each micro-batch."""
+    prepared = prepare_rows(
+        str(folder / "texts.jsonl"),
+        data_format="raw_json",
+        tokenizer=tokenizer,
+        vocab_size=64,
+        row_length=ROW,
+        anchor_placement=placement,
+        cache_dir=folder / "cache",
+    )
+    loader = make_loader(
+        prepared,
+        pattern="anchor",
+        seed=7,
+        batch_size=1,
+        accumulation=2,
+        data_rank=0,
+        data_degree=1,
+    )
+    return list(islice(loader, 2 * SETTINGS["max_steps"]))
+
+
+def patched(model_folder: Path, *, engine: str = "flash"):
+    return patch_model(AutoModelForCausalLM.from_pretrained(model_folder), engine=engine)
+
+
+def train_trainer(model, rows: Dataset, collator: AnchorDataCollator, folder: Path) -> list[float]:
+    """The Hugging Face Trainer on the rows in this order; the losses of its steps."""
+    losses = Losses()
+    # Without `remove_unused_columns=False` it would drop `seq_lengths`.
+    arguments = TrainingArguments(output_dir=folder, remove_unused_columns=False, **SETTINGS)
+    Trainer(
+        model, arguments, data_collator=collator, train_dataset=rows, callbacks=[losses]
+    ).train()
+    return losses.values
 
 
 def test_both_trainers_and_train_py_agree_at_every_step(model_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     collator = AnchorDataCollator(tokenizer, engine="flash")
-    sft_losses, trainer_losses = Losses(), Losses()
+    sft_losses = Losses()
 
     # TRL packs the texts into rows.
     sft = SFTTrainer(
@@ -157,51 +193,52 @@ def test_both_trainers_and_train_py_agree_at_every_step(model_folder, tmp_path):
     for row in packed:
         documents = np.split(row["input_ids"], np.cumsum(row["seq_lengths"])[:-1])
         rows.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in documents])
-    expected = train_py(model_folder, tmp_path, rows)
-    prepared = prepare_rows(
-        str(tmp_path / "texts.jsonl"),
-        data_format="raw_json",
-        tokenizer=tokenizer,
-        vocab_size=64,
-        row_length=ROW,
-        anchor_placement="per_document",
-        cache_dir=tmp_path / "cache",
-    )
-    loader = make_loader(
-        prepared,
-        pattern="anchor",
-        seed=7,
-        batch_size=1,
-        accumulation=2,
-        data_rank=0,
-        data_degree=1,
-    )
+    expected = train_py(model_folder, tmp_path, rows, engine="flash")
     order = []
-    for batch in islice(loader, 2 * SETTINGS["max_steps"]):
+    for batch in batches_of_train_py(tmp_path, tokenizer, placement="per_document"):
         order += batch["row_ids"]
-        ours = collator([packed[order[-1]]])
-        assert torch.equal(ours["input_ids"], batch["input_ids"])
-        assert torch.equal(ours["shift_labels"], batch["labels"])
-        assert torch.equal(ours["position_ids"], batch["position_ids"])
+        assert_same_batch(collator([packed[order[-1]]]), batch)
 
     sft.train_dataset = sft.train_dataset.select(order)
     sft.train()
-    trainer = Trainer(
-        patched(model_folder),
-        TrainingArguments(
-            output_dir=tmp_path / "trainer",
-            remove_unused_columns=False,  # keeps seq_lengths
-            **SETTINGS,
-        ),
-        data_collator=collator,
-        train_dataset=packed.select(order),
-        callbacks=[trainer_losses],
+    trainer_losses = train_trainer(
+        patched(model_folder), packed.select(order), collator, tmp_path / "trainer"
     )
-    trainer.train()
-
     assert len(set(expected)) == len(expected) == SETTINGS["max_steps"]
-    np.testing.assert_allclose(trainer_losses.values, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(trainer_losses, expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(sft_losses.values, expected, rtol=0, atol=1e-5)
+
+
+def assert_same_batch(ours: dict, batch: dict) -> None:
+    assert torch.equal(ours["input_ids"], batch["input_ids"])
+    assert torch.equal(ours["shift_labels"], batch["labels"])
+    assert torch.equal(ours["position_ids"], batch["position_ids"])
+
+
+def test_a_trainer_with_one_anchor_per_row_and_train_py_agree_at_every_step(model_folder, tmp_path):
+    """The flex engine. Documents fill the rows exactly, one anchor standing for all their BOS."""
+    lengths = [[44, 21], [30, 35], [64], [25, 20, 21], [10, 55], [40, 25], [33, 32], [17, 18, 31]]
+    assert all(1 + sum(n - 1 for n in row) == ROW for row in lengths)
+    random = np.random.default_rng(0)
+    rows = [
+        [" ".join(f"w{i}" for i in random.integers(0, 6, n - 2)) for n in row] for row in lengths
+    ]
+    expected = train_py(model_folder, tmp_path, rows, engine="flex")
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    collator = AnchorDataCollator(tokenizer, engine="flex")
+    features = []
+    for batch in batches_of_train_py(tmp_path, tokenizer, placement="shared"):
+        (number,) = batch["row_ids"]
+        documents = [[*tokenizer(text)["input_ids"], 1] for text in rows[number]]
+        features.append(
+            {"input_ids": [*chain(*documents)], "seq_lengths": [len(ids) for ids in documents]}
+        )
+        assert_same_batch(collator([features[-1]]), batch)
+    model = patched(model_folder, engine="flex")
+    losses = train_trainer(model, Dataset.from_list(features), collator, tmp_path / "trainer")
+    assert len(set(expected)) == SETTINGS["max_steps"]
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
