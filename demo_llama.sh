@@ -29,7 +29,7 @@ if [ -e "$OUTPUT/args.json" ] && [[ " $* " != *" --resume"[\ =]* ]]; then
     echo "$OUTPUT holds an earlier run; nothing was resumed and nothing overwritten:"
     python -m anchor_context.summary "$OUTPUT"
     echo "Continue it with    MAX_STEPS=$((2 * MAX_STEPS)) bash demo_llama.sh --resume auto"
-    echo "or start another    OUTPUT=output/another bash demo_llama.sh $*"
+    echo "or start another    OUTPUT=output/another bash demo_llama.sh${*:+ $*}"
     [ $# -eq 0 ] || { echo "error: these flags were not used: $*" >&2; exit 2; }
     exit 0
 fi
