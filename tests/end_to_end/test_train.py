@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import losses, metrics
+from runs import ROOT, losses, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from anchor_context.demo import train_tokenizer
@@ -132,12 +132,30 @@ def test_a_tokenizer_without_bos_trains_with_eos_as_the_anchor(launch, tmp_path)
     assert list((tmp_path / "run").rglob("events.out.tfevents.*")), "no TensorBoard file"
 
 
-def test_bad_input_is_one_error_and_leaves_nothing(launch, tmp_path):
-    data = tmp_path / "broken.jsonl"
+WATCHED = """\
+import os
+if "RANK" in os.environ:
+    from anchor_context.data import packing
+    prepare_rows = packing.prepare_rows
+
+    def watched(*args, **settings):
+        with open({calls!r}, "a") as stream:
+            stream.write(os.environ["RANK"])
+        return prepare_rows(*args, **settings)
+
+    packing.prepare_rows = watched
+"""
+
+
+def test_bad_input_is_one_error_found_by_one_rank_and_leaves_nothing(launch, tmp_path):
+    data, calls = tmp_path / "broken.jsonl", tmp_path / "calls"
     data.write_text('{"text": "fine"}\n{"text": "broken\n')
-    finished = launch(2, tmp_path / "run", "--dataset", str(data), expect=None)
+    (tmp_path / "sitecustomize.py").write_text(WATCHED.format(calls=str(calls)))
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    finished = launch(2, tmp_path / "run", "--dataset", str(data), expect=None, **path)
     assert finished.returncode != 0
     errors = [line for line in finished.stdout.splitlines() if "error:" in line]
     assert len(errors) == 1 and "broken.jsonl" in errors[0] and "line 2" in errors[0]
     assert "--skip_bad_documents" in errors[0]
     assert not (tmp_path / "run").exists()
+    assert calls.read_text() == "0"
