@@ -333,9 +333,8 @@ def main(flags: Flags) -> None:
         seed=flags.seed,
         num_proc=flags.num_proc,
     )
-    on_each_machine(
-        accelerator, prepare
-    )  # where they share the cache, one prepares and the others wait
+    # Where machines share the cache, one prepares and the others wait; then every rank opens it.
+    on_each_machine(accelerator, prepare)
     prepared = prepare()
     check_chunks(flags, interleaved=prepared.interleaved)
     window = sliding_window_of(config)
