@@ -160,9 +160,8 @@ def _prepare(folder: Path, unfinished: Path) -> None:
 
 def _finish(unfinished: Path, final: Path, content: dict) -> None:
     """Write the manifest, sync the folders, and give the checkpoint its name."""
-    content = json.loads(
-        json.dumps(content)
-    )  # as it will be read back: keys are text, tuples are lists
+    # As it will be read back: keys are text, tuples are lists.
+    content = json.loads(json.dumps(content))
     manifest = {"sha256": _content_digest(content), "content": content}
     with (unfinished / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
