@@ -7,7 +7,7 @@ it is signalled it kills them 30 s later, in the middle of a large checkpoint. T
 
     0        finished
     75       stopped by a signal; the same command with --resume auto continues
-    2        a flag or the data is wrong
+    2        a flag or the data is wrong, or a path cannot be read or written
     128 + N  a rank died of signal N, or a second signal N ended the run at once
     1        anything else
 

@@ -98,9 +98,8 @@ class MetricsFile:
         """Continue the file behind step `keep_steps`; what a killed run wrote past it is dropped."""
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= keep_steps]
-        rewritten = path.with_name(
-            f".{path.name}.rewritten"
-        )  # a kill here leaves the old file whole
+        # Written beside it, so that a kill here leaves the old file whole.
+        rewritten = path.with_name(f".{path.name}.rewritten")
         rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
         rewritten.replace(path)
         self._end = path.stat().st_size
@@ -133,6 +132,19 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in whole_lines.splitlines()]
 
 
+def losses_at_the_ends(records: list[dict]) -> str:
+    """The first loss and the last in words; in longer runs the last ten's mean, since rows differ."""
+    last = records[-10:] if len(records) >= 20 else records[-1:]
+    mean = " (the last 10's mean)" if len(last) > 1 else ""
+    steps = f"{records[-1]['step']:,} steps"
+    return f"{_mean_loss(records[:1])} -> {_mean_loss(last)} in {steps}{mean}"
+
+
+def _mean_loss(records: list[dict]) -> str:
+    finite = [record["loss"] for record in records if record["loss"] is not None]
+    return f"{sum(finite) / len(finite):.3f}" if finite else "not finite"
+
+
 def plot_loss(metrics: Path, plot: Path) -> None:
     """Draw loss and learning rate against tokens seen, as a PNG; a message where the disk refuses.
 
@@ -161,7 +173,7 @@ def plot_loss(metrics: Path, plot: Path) -> None:
     rate_axis.set_ylabel("learning rate")
     rate_axis.set_ylim(bottom=0)
     axis.legend(handles=line, loc="upper right")
-    axis.set_title(f"{records[-1]['step']} steps, final loss {losses[-1]:.3f}")
+    axis.set_title(f"loss {losses_at_the_ends(records)}")
     try:
         figure.savefig(plot, dpi=120)
     except OSError as error:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from anchor_context.command_line import FlagParser, one_line_errors
-from anchor_context.metrics import read_metrics
+from anchor_context.metrics import losses_at_the_ends, read_metrics
 
 
 def summary(output: Path) -> str:
@@ -29,12 +29,8 @@ def summary(output: Path) -> str:
     ]
     if records:
         speeds = sorted(record["tokens_per_second"] for record in records)
-        steps = f"in {records[-1]['step']:,} steps"
-        if len(records) >= 20:  # a step's rows may be easy or hard
-            steps += " (the last 10's mean)"
-        tail = records[-10:] if len(records) >= 20 else records[-1:]
         lines += [
-            f"loss     {_mean_loss(records[:1])} -> {_mean_loss(tail)} {steps}",
+            f"loss     {losses_at_the_ends(records)}",
             f"speed    {speeds[len(speeds) // 2]:,.0f} tokens/s (median)",
         ]
     left_out = data["documents_left_out"]  # by --mixture or --upsample_long
@@ -50,11 +46,6 @@ def summary(output: Path) -> str:
         f"metrics  {output / 'metrics.jsonl'}",
     ]
     return "\n".join(lines)
-
-
-def _mean_loss(records: list[dict]) -> str:
-    finite = [record["loss"] for record in records if record["loss"] is not None]
-    return f"{sum(finite) / len(finite):.3f}" if finite else "not finite"
 
 
 if __name__ == "__main__":
