@@ -134,7 +134,7 @@ def _layout_of_call(
     """The layout of a call that has none, from its boundaries or packed positions.
 
     Args:
-        anchors: the tokens that may serve as one.
+        anchors: the tokens that may serve as one; none where the configuration names none.
     """
     starts = document_starts(
         batch_size=tokens.shape[0],
@@ -154,7 +154,7 @@ def _layout_of_call(
         end = tokens.numel() if boundaries is None else int(boundaries[-1])
         places = torch.from_numpy(starts[starts < end]).to(tokens.device)
         firsts = tokens.flatten()[places].unique().tolist()
-        if len(firsts) > 1 or anchors.isdisjoint(firsts):
+        if len(firsts) > 1 or (anchors and anchors.isdisjoint(firsts)):
             raise ValueError(
                 f"with the {engine} engine every document must start with the anchor token (the model's "
                 f"BOS or EOS, {sorted(anchors)}), but these rows' documents start with the tokens "

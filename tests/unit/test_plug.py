@@ -206,6 +206,13 @@ def test_documents_that_start_alike_have_no_anchor_for_that():
         model(**batch)
 
 
+def test_a_model_that_names_no_special_token_takes_documents_that_start_alike():
+    model = tiny_llama()
+    model.config.bos_token_id = model.config.eos_token_id = None
+    batch = DataCollatorWithFlattening()([{"input_ids": [9, 5, 6]}, {"input_ids": [9, 7]}])
+    assert patch_model(model, engine="flash", pattern="anchor")(**batch).logits.isfinite().all()
+
+
 def test_padding_behind_the_last_boundary_needs_no_anchor():
     model = patch_model(tiny_llama(), engine="flash", pattern="anchor")
     tokens, boundaries = torch.tensor([[1, 5, 6, 1, 7, 0, 0]]), torch.tensor([0, 3, 5])
