@@ -5,26 +5,33 @@
         with one_line_errors():
             main()
 
-Guarantees: what the user can mend never ends in a traceback, and what a library raises is not ours to
-explain, and keeps its own. A model's folder that is not there is told at once, without asking the hub.
+Guarantees: a mistake that the user can mend never ends in a traceback; an error that a library raises
+keeps its traceback, because we cannot explain it. A model's folder that is not there is told at once,
+without asking the hub. A number that is none (`nan`, `inf`) is refused for every flag.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_type_hints
 
+from huggingface_hub.errors import StrictDataclassError
 from termcolor import colored
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from anchor_context.hub import find_model_on_hub
 
 PACKAGE = Path(__file__).parent
 STANDARD_LIBRARY = Path(os.__file__).parent
@@ -32,6 +39,14 @@ STANDARD_LIBRARY = Path(os.__file__).parent
 
 # --------------------------------------------------------------------------------------------------
 # Flags
+
+
+def flag(
+    default: Any = dataclasses.MISSING, help: str = "", choices: Iterable[str] | None = None
+) -> Any:
+    """A field of a dataclass of flags: `HfArg` on one line. Without a default the flag must be given."""
+    given = {} if choices is None else {"choices": tuple(choices)}
+    return HfArg(default=default, help=help, metadata=given)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -51,6 +66,21 @@ class FlagParser(HfArgumentParser):
         """With the fields of the dataclass `flags`, whose dashes and underscores are the same."""
         super().__init__(flags, allow_abbrev=False, formatter_class=_Help, **settings)
 
+    def _add_dataclass_arguments(self, flags: type) -> None:
+        """A flag stands in `--help` under the `heading` of the class that declares it."""
+        types, groups = get_type_hints(flags), {None: self}
+        for field in dataclasses.fields(flags):
+            classes = (
+                c
+                for c in reversed(flags.__mro__)
+                if field.name in vars(c).get("__annotations__", ())
+            )
+            heading = getattr(next(classes), "heading", None)
+            if heading not in groups:
+                groups[heading] = self.add_argument_group(heading)
+            field.type = types[field.name]
+            self._parse_dataclass_field(groups[heading], field)
+
     def parse_known_args(self, args: list[str] | None = None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
         if self._subparsers is None:  # else the flags are those of the command's own parser
@@ -59,6 +89,12 @@ class FlagParser(HfArgumentParser):
         if rest:
             self.error(f"unknown: {' '.join(rest)}")
         return found, rest
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        value = super()._get_value(action, text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise argparse.ArgumentError(action, f"{text} is no finite number")
+        return value
 
     def _refuse_unknown(self, flags: list[str]) -> None:
         known = [option for action in self._actions for option in action.option_strings]
@@ -81,12 +117,15 @@ def model_errors(name: str, flag: str) -> Iterator[None]:
     """Inside, what transformers raises about the model `name` becomes one `ValueError` that names the flag.
 
     Raises:
-        ValueError: also at once, as `check_model_path` does.
+        ValueError: also at once, as `check_model_path` and `find_model_on_hub` do.
     """
     check_model_path(name, flag)
+    if not Path(name).is_dir():
+        find_model_on_hub(name, flag)
     try:
         yield
-    except (OSError, ValueError) as error:  # transformers raises both, over many lines
+    # transformers raises all three, over many lines.
+    except (OSError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{flag} {name} cannot be loaded: {reason}") from error
 
@@ -152,12 +191,12 @@ def one_line_errors() -> Iterator[None]:
 def _mistake(error: ValueError | OSError) -> str | None:
     """What the user did wrong; None where a library, or a bug, speaks."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    # Of an error in another process, a worker's or a rank's, the traceback comes as the cause's text.
+    files += re.findall(r'File "(.+?)", line', getattr(error.__cause__, "tb", ""))
     if isinstance(error, OSError):
         callers = [file for file in files if not _is_standard(file)]  # pathlib opens for us
         ours = error.filename is not None and _is_ours(callers[-1])
         return f"{error.filename}: {error.strerror}" if ours else None
-    # Of an error in a worker process, concurrent.futures hands on the traceback as the cause's text.
-    files += re.findall(r'File "(.+?)", line', getattr(error.__cause__, "tb", ""))
     return str(error) if _is_ours(files[-1]) else None
 
 

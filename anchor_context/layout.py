@@ -2,10 +2,19 @@
 
 Guarantees: document boundaries are data. They come from the packer through `cu_seqlens`; nothing in
 the project infers them from token ids or from positions that happen to be 0.
-Costs: three small integer tensors per micro-batch, built once in a loader worker.
+Costs: a few small integer tensors per micro-batch, built once in a loader worker.
 
-A layout always describes the *global* rows. Under sequence parallelism a rank holds a part of their
-tokens, but who may see whom is a question about the whole row, so the layout stays whole.
+A layout always describes the *whole* lines of a micro-batch. Under sequence parallelism a rank holds a part
+of their tokens, but who may see whom is a question about the whole line, so the layout stays whole.
+
+Words, here and in all rooms:
+    document      one text, or the piece of one that a row's end cut off
+    row           what packing makes: documents laid end to end, S tokens
+    unit          the smallest thing that attention does not cross: a document, or a whole row (`full`)
+    micro-batch   what one forward sees: B rows, or whole units of several rows end to end as one line (1, T)
+    anchor        the token that all of a document's tokens see: at each document's start, or one per line
+    starts        where things start; boundaries: the same, with the end behind them; cu_seqlens: boundaries
+                  in the form that kernels take, int32 over the flattened tokens
 """
 
 from __future__ import annotations
@@ -22,32 +31,43 @@ IGNORE_INDEX = -100
 # eq=False: two layouts are the same only if they are one object, so an engine may cache by layout.
 @dataclass(frozen=True, eq=False)
 class DocumentLayout:
-    """The documents of B rows of S tokens each.
+    """The documents of B lines of S tokens each: B rows, or one line of whole units (B = 1).
 
     With two rows of six tokens, documents of 4 + 2 and 3 + 3 tokens, per-document anchors (`^`):
 
-        tokens         ^ a a a ^ b      ^ c c ^ d d
-        cu_seqlens     0       4     6        9      12
-        document_ids   0 0 0 0 1 1      2 2 2 3 3 3
-        position_ids   0 1 2 3 0 5      0 1 2 0 4 5
+        tokens           ^ a a a ^ b      ^ c c ^ d d
+        cu_seqlens       0       4     6        9      12
+        unit_boundaries  0       4     6        9      12      (of the pattern `full`: 0 6 12)
+        document_ids     0 0 0 0 1 1      2 2 2 3 3 3
+        position_ids     0 1 2 3 0 5      0 1 2 0 4 5
 
-    Padding at a row's end is a document like any other; it differs only in having no targets.
+    Padding at a line's end is a document like any other; it differs only in having no targets.
     """
 
     cu_seqlens: Tensor
     """(documents + 1,) int32: where each document starts in the B·S flattened tokens, then B·S.
-    A row's end is always a boundary."""
+    A line's end is always a boundary. Of interleaved rows: where each chunk starts."""
+    unit_boundaries: Tensor
+    """(units + 1,) int32: the same of what attention does not cross (`Pattern.unit`): `cu_seqlens` itself, or
+    the boundaries of the rows."""
     document_ids: Tensor
-    """(B, S) int32: the document of each token, counted over the whole micro-batch."""
+    """(B, S) int32: the document of each token, counted over the whole micro-batch. Of interleaved rows: the
+    number of its document's first chunk, so that `cu_seqlens[document_id]` is where its document starts."""
     position_ids: Tensor
-    """(B, S) int64: rotary positions by the pattern's rule (`attention/patterns.py`)."""
+    """(B, S) int64: rotary positions, which the token's row gave it by the pattern's rule."""
     max_seqlen: int
     """Tokens in the longest document (of interleaved rows: the longest chunk). A plain integer, so that no
     kernel has to ask the device."""
+    longest_unit: int
+    """The same between `unit_boundaries`."""
     pattern: str
     """A key of `patterns.PATTERNS`."""
     anchor_placement: str
-    """"per_document", "shared", or "none" for the patterns without an anchor."""
+    """"per_document", "shared", or "none" for the patterns without an anchor. A shared anchor is the first
+    token of its line."""
+    interleaved: bool
+    """Whether a document lies in several chunks, other documents' chunks between them. No set of segments
+    says then which tokens are one document's; `document_ids` do."""
 
     @property
     def batch_size(self) -> int:
@@ -55,6 +75,7 @@ class DocumentLayout:
 
     @property
     def row_length(self) -> int:
+        """S, the tokens of a line."""
         return self.document_ids.shape[1]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DocumentLayout:

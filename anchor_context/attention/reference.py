@@ -20,12 +20,16 @@ def attend(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention by the layout's pattern, with every score written out.
 
     Args:
         q: (B, H, S, D). k, v: (B, Hkv, S, D), Hkv dividing H.
         scale: factor of the scores before the softmax, usually 1 / sqrt(D).
+        softcap: the scores are `softcap · tanh(score / softcap)`; None for the scores as they are.
+        sinks: (H,) a logit per head that takes part in the softmax without a value; None for none.
 
     Returns:
         (B, H, S, D), in the dtype of q.
@@ -41,5 +45,13 @@ def attend(
     )
     q_BKGSD = q.unflatten(1, (kv_heads, heads // kv_heads))
     scores = torch.einsum("bkgsd,bktd->bkgst", q_BKGSD, k) * scale
-    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:  # one column more, which the weights then leave out
+        column_KG11 = sinks.to(scores.dtype).unflatten(0, q_BKGSD.shape[1:3])[..., None, None]
+        column = column_KG11.expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     return torch.einsum("bkgst,bktd->bkgsd", weights, v).flatten(1, 2)

@@ -8,22 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 
 from anchor_context.attention.patterns import PATTERNS, attended_pairs
-from anchor_context.data.rows import DOCUMENT_LENGTHS, PreparedRows, Row, source_lines
+from anchor_context.data.rows import DOCUMENT_LENGTHS, PreparedRows, Row
 from anchor_context.layout import IGNORE_INDEX
+from anchor_context.run.work import ModelWork
 
 ROWS_MEASURED = 2000
+MOST_SOURCES = 40
+"""Lines of the table of sources."""
+SHOWN = 40
+"""Characters of a piece's beginning and end, and so many tokens are decoded for them."""
 
-LLAMA_7B_PARAMETERS = 6.6e9
-LLAMA_7B_ATTENTION_WIDTH = 32 * 4096
-"""Layers × width of LLaMA-2-7B: the model that the estimated speed-up of a whole step is for."""
+LLAMA_7B_WORK = ModelWork(matmul_parameters=6_600_000_000, attention_width=32 * 4096)
+"""LLaMA-2-7B's, whose layers have no window: the model that the estimated speed-up of a whole step is for."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,19 @@ class Inspection:
         """Measure a prepared set."""
         chosen = np.unique(np.linspace(0, len(prepared) - 1, ROWS_MEASURED, dtype=int))
         rows = [prepared.row(i).document_lengths() for i in chosen]
-        pairs = dict.fromkeys(PATTERNS, 0)
-        for lengths in rows:
-            for pattern in PATTERNS:
-                placement = "none"
-                if pattern == "anchor":
-                    placement = (
-                        "shared" if prepared.anchor_placement == "shared" else "per_document"
-                    )
-                pairs[pattern] += attended_pairs(
-                    lengths, pattern=pattern, anchor_placement=placement
-                )
+        placed = "shared" if prepared.anchor_placement == "shared" else "per_document"
+        pairs = {
+            name: sum(
+                attended_pairs(lengths, pattern=name, anchor_placement=pattern.placement(placed))
+                for lengths in rows
+            )
+            for name, pattern in PATTERNS.items()
+        }
         tokens = len(rows) * prepared.row_length
-        work = {pattern: _step_work(tokens, count) for pattern, count in pairs.items()}
+        work = {
+            pattern: LLAMA_7B_WORK.flops(tokens=tokens, pairs=count)
+            for pattern, count in pairs.items()
+        }
         return cls(
             report=prepared.report,
             lengths=np.load(prepared.directory / DOCUMENT_LENGTHS),
@@ -87,7 +86,9 @@ class Inspection:
             f"{report['documents']:,} documents, {report['document_tokens']:,} tokens; "
             f"{report['anchors_added']:,} anchors added, {report['pad_tokens']:,} padding "
             f"({report['pad_tokens'] / (report['rows'] * report['row_length']):.2%}), "
-            f"{report['skipped_documents']:,} bad documents skipped",
+            f"{report['skipped_documents']:,} bad documents skipped, special tokens written in texts: "
+            f"{report.get('special_tokens_as_text', 0):,} are text, "
+            f"{report.get('special_tokens_parsed', 0):,} were taken for the tokens",
             f"documents cut by a row's end: {report['documents_cut']:,} ({self.cut_share:.1%})",
             "",
             "document length (tokens)   documents",
@@ -108,6 +109,11 @@ class Inspection:
 
     def plot(self, path: Path) -> None:
         """Write the histogram, the sources and the patterns' work as a PNG."""
+        import matplotlib  # here, because `prepare` and its worker processes never plot
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
         several = len(self.report["sources"]) > 1  # the shares of one source say nothing
         figure, (lengths, work, *sources) = plt.subplots(
             1, 2 + several, figsize=(10 + 5 * several, 4.5), layout="constrained"
@@ -116,11 +122,16 @@ class Inspection:
         share = [documents / documents.sum(), tokens / tokens.sum()]
         for values, name in zip(share, ("documents", "tokens"), strict=True):
             lengths.stairs(values, edges, label=name, fill=name == "documents", alpha=0.7)
-        lengths.set(xscale="log", xlabel="document length (tokens)", ylabel="share of all")
+        lengths.set(xlabel="document length (tokens)", ylabel="share of all")
+        # Of powers of ten a set may span one, and show one number.
+        lengths.set_xscale("log", base=2)
+        lengths.xaxis.set_major_formatter("{x:,.0f}")
         lengths.set_title("document lengths")
         lengths.axvline(self.report["row_length"], color="grey", linestyle=":", label="row length")
         lengths.legend()
-        work.bar(list(self.mask_share), [100 * share for share in self.mask_share.values()])
+        colours = [PATTERNS[pattern].colour for pattern in self.mask_share]
+        shares = [100 * share for share in self.mask_share.values()]
+        work.bar(list(self.mask_share), shares, color=colours)
         work.set(ylabel="% of full attention's work", title="patterns")
         work.tick_params(axis="x", rotation=20)
         for axes in sources:
@@ -133,24 +144,29 @@ class Inspection:
         plt.close(figure)
 
 
-def _step_work(tokens: int, pairs: int) -> float:
-    """Floating-point work, forward and backward (PaLM, arXiv 2204.02311, appendix B)."""
-    return 6 * LLAMA_7B_PARAMETERS * tokens + 12 * LLAMA_7B_ATTENTION_WIDTH * pairs
+def source_lines(report: dict) -> list[str]:
+    """A table of the largest sources: tokens laid, and their share of all before and after sampling."""
+    tokens, shares = report["sources"], report["source_shares"]
+    names = sorted(tokens, key=lambda name: -tokens[name])
+    lines = ["source                          tokens   share  as read"]
+    lines += [
+        f"{name[:24]:<24} {tokens[name]:>14,} {shares[name]['after']:>7.1%} {shares[name]['before']:>8.1%}"
+        for name in names[:MOST_SOURCES]
+    ]
+    return lines + [f"and {len(names) - MOST_SOURCES:,} smaller ones"] * (len(names) > MOST_SOURCES)
 
 
-def describe_row(row: Row, tokenizer, *, width: int = 40) -> str:
+def describe_row(row: Row, tokenizer) -> str:
     """A row decoded, a line per piece: where it lies, its targets, its first and last characters."""
-    ends = [*row.starts[1:].tolist(), len(row.tokens) - 1]
     labels, lines = row.labels(), []
-    for piece, (start, end) in enumerate(zip(row.starts.tolist(), ends, strict=True)):
-        padding = row.pad_count > 0 and piece == len(ends) - 1
+    for piece, (start, end) in enumerate(zip(row.starts.tolist(), row.ends.tolist(), strict=True)):
         targets = int((labels[start:end] != IGNORE_INDEX).sum())
         head, tail = (
             repr(tokenizer.decode(ids))[1:-1]
-            for ids in (row.tokens[start:end][:width], row.tokens[start:end][-width:])
+            for ids in (row.tokens[start:end][:SHOWN], row.tokens[start:end][-SHOWN:])
         )
-        text = head[:width] if end - start <= width else f"{head[:width]} … {tail[-width:]}"
-        what = "padding" if padding else f"document {row.documents[piece]}"
+        text = head[:SHOWN] if end - start <= SHOWN else f"{head[:SHOWN]} … {tail[-SHOWN:]}"
+        what = f"document {row.documents[piece]}" if piece < row.document_pieces else "padding"
         lines.append(f"  [{start:>7,}, {end:>7,})  {what:<13} {targets:>7,} targets  {text}")
     last = row.tokens[-1]
     if last >= 0:

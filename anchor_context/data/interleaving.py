@@ -27,8 +27,7 @@ def interleave(row: Row, rng: np.random.Generator, *, goes_on: bool, shared: boo
         goes_on: whether the last document goes on in another row.
         shared: whether the row begins with a shared anchor, which stays where it is.
     """
-    length = len(row.tokens) - 1
-    stops = np.append(row.starts[1:], length)
+    stops = row.ends
     fixed_head = int(shared)
     fixed_tail = int(goes_on or row.pad_count > 0)
     moving = range(fixed_head, len(row.starts) - fixed_tail)
@@ -54,7 +53,7 @@ def interleave(row: Row, rng: np.random.Generator, *, goes_on: bool, shared: boo
 
     pieces, starts, ends = (np.array(column) for column in zip(*head, *middle, *tail, strict=True))
     tokens = np.concatenate(
-        [row.tokens[a:b] for a, b in zip(starts, ends, strict=True)] + [row.tokens[length:]]
+        [row.tokens[a:b] for a, b in zip(starts, ends, strict=True)] + [row.tokens[row.length :]]
     )
     # A chunk's share of its document's leading positions without a target.
     left = row.untargeted[pieces] - (starts - row.starts[pieces])

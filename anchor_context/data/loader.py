@@ -1,125 +1,182 @@
-"""Prepared rows -> micro-batches: the order of rows, their labels and their layout.
+"""Prepared rows -> micro-batches, step by step.
 
-Guarantees: the rows of a step, in order, depend on the data, the seed and the global batch alone, not
-on how it is split into batch size × accumulation × data-parallel ranks. A step also carries its global
-number of targets, known from the rows, so that the exact mean loss needs no communication.
+Guarantees: the rows of a step are those of its place in the stream (`stream.py`), however ranks share them.
+A step also carries its global number of targets, known from the rows, so that the exact mean loss needs no
+communication.
 Costs: everything is built by vectorised numpy in a worker process, ahead of the step.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from anchor_context.attention.patterns import attended_pairs, make_layout
-from anchor_context.data.rows import BLANK_ROW, PreparedRows
+from anchor_context.attention.patterns import EVERYTHING, Windows, attended_pairs
+from anchor_context.data.collate import StepRows, collate
+from anchor_context.data.context_schedule import ContextSchedule
+from anchor_context.data.micro_batches import (
+    Units,
+    cut_rows,
+    cut_units,
+    deal_units,
+    meets_every_forward,
+    unit_kind,
+    work_imbalance,
+)
+from anchor_context.data.rows import BLANK_ROW, PreparedRows, Row
+from anchor_context.data.stream import RowOrder
+from anchor_context.run.lifeline import live_with_rank
 
 
 @dataclass(frozen=True)
-class RowOrder:
-    """Which rows each step takes: seeded permutations of all rows, epoch after epoch.
+class Dealing:
+    """How the rows of a step become the micro-batches of data ranks."""
 
-    The stream of rows is cut into steps of `rows_per_step`. It ends after `total_rows` (None: never),
-    filled up with blank rows.
-    """
-
-    rows: int
-    seed: int
-    rows_per_step: int
-    total_rows: int | None
-
-    def step(self, first_row: int) -> np.ndarray:
-        """(rows_per_step,) int64: the row ids at positions first_row, first_row + 1, … of the stream."""
-        place = np.arange(first_row, first_row + self.rows_per_step)
-        ids = np.full(self.rows_per_step, BLANK_ROW, dtype=np.int64)
-        for epoch in np.unique(place // self.rows):
-            inside = place // self.rows == epoch
-            ids[inside] = _epoch(self.rows, self.seed, int(epoch))[place[inside] % self.rows]
-        if self.total_rows is not None:
-            ids[place >= self.total_rows] = BLANK_ROW
-        return ids
+    micro_batch_tokens: int | None = None
+    """At most so many tokens in a micro-batch: whole units of any of the step's rows. None: whole rows."""
+    zero_stage: int = 0
+    """DeepSpeed's, which decides where ranks wait for each other."""
+    pair_price: float = 0.0
+    """The work of a (query, key) pair in all layers; that of one token without attention is 1."""
+    windows: Windows = EVERYTHING
+    """Of the model's layers: what of the pairs they compute."""
+    divisible_by: int = 1
+    """Micro-batches of units are padded to a multiple of so many tokens, for the ranks that share one."""
 
 
-@lru_cache(maxsize=2)
-def _epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the rows in one epoch; kept, for millions of rows take a while to shuffle."""
-    return np.random.default_rng((seed, epoch)).permutation(rows)
-
-
-def stream_origin(prepared: PreparedRows, *, seed: int) -> dict[str, object]:
-    """What the stream of rows depends on, by flag, as JSON holds it. How ranks share it is no part of it."""
-    return prepared.origin | {"--seed": seed}
-
-
-def check_same_stream(here: dict[str, object], there: dict[str, object]) -> None:
-    """Raise `ValueError` where a place in the stream `there`, in rows, is another place `here`."""
-    different = [
-        f"{flag} is {here.get(flag)} here and was {there.get(flag)}"
-        for flag in sorted(here.keys() | there.keys())
-        if here.get(flag) != there.get(flag)
-    ]
-    if different:
-        raise ValueError(
-            f"--resume: the checkpoint stands at a place in other rows: {'; '.join(different)}. Going on "
-            "here would repeat rows and leave others out: resume with what it was saved with, or train "
-            "a saved model (--model_name_or_path …/step-N) in another --output-dir"
-        )
-
-
+@dataclass(eq=False)
 class MicroBatches(IterableDataset):
     """The micro-batches of one data-parallel rank, ready for the model. See `make_loader`."""
 
-    def __init__(
-        self,
-        prepared: PreparedRows,
-        order: RowOrder,
-        *,
-        pattern: str,
-        batch_size: int,
-        data_rank: int,
-        data_degree: int,
-        first_row: int,
-        transform: Callable[[dict], dict] | None,
-    ):
-        self.prepared, self.order, self.first_row = prepared, order, first_row
-        self.transform, self.pattern = transform, pattern
-        self.collate = partial(collate, prepared, pattern=pattern)
-        self.batch_size, self.data_rank, self.data_degree = batch_size, data_rank, data_degree
+    prepared: PreparedRows
+    order: RowOrder
+    _: KW_ONLY
+    pattern: str
+    batch_size: int
+    data_rank: int
+    data_degree: int
+    first_row: int
+    first_step: int
+    context: ContextSchedule | None
+    dealing: Dealing
+    transform: Callable[[dict], dict] | None
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         assert worker is None or worker.num_workers == 1, "more workers would reorder micro-batches"
-        first_row, order, prepared = self.first_row, self.order, self.prepared
+        first_row, steps_done, order = self.first_row, self.first_step, self.order
+        cut = self._whole_rows if self.dealing.micro_batch_tokens is None else self._units
         while order.total_rows is None or first_row < order.total_rows:
             ids = order.step(first_row)
-            real = ids[ids != BLANK_ROW]
-            targets = int(prepared.target_counts[real].sum())
-            tokens = len(real) * prepared.row_length - int(prepared.pad_counts[real].sum())
-            step = {
-                "step_targets": targets,
-                "step_tokens": tokens,
-                "step_pairs": sum(self._pairs(row) for row in real),
-                "step_rows": ids.tolist(),
-            }
-            # (accumulation, data-parallel ranks, batch size)
-            for micro_ids in ids.reshape(-1, self.data_degree, self.batch_size)[:, self.data_rank]:
-                batch = self.collate(micro_ids) | step
+            for batch in cut(ids, self._step(ids, steps_done)):
                 yield batch if self.transform is None else self.transform(batch)
             first_row += order.rows_per_step
+            steps_done += 1
 
-    def _pairs(self, row: int) -> int:
-        """The (query, key) pairs that the pattern attends to in one row."""
-        lengths = self.prepared.row(row).document_lengths()
-        placement = self.prepared.anchor_placement
-        return attended_pairs(lengths, pattern=self.pattern, anchor_placement=placement)
+    def totals(self, steps: int) -> tuple[int, float]:
+        """(tokens without padding, attended pairs) of the next `steps` steps, on all ranks."""
+        per_step = self.order.rows_per_step
+        ids = [self.order.step(self.first_row + step * per_step) for step in range(steps)]
+        rows, times = np.unique(np.concatenate(ids), return_counts=True)
+        used = [(int(row), int(n)) for row, n in zip(rows, times, strict=True) if row != BLANK_ROW]
+        tokens = sum(
+            n * (self.prepared.row_length - int(self.prepared.pad_counts[row])) for row, n in used
+        )
+        pairs = sum(n * self._pairs(row) for row, n in used)
+        for step, of_step in enumerate(ids, start=self.first_step):
+            if (context := self._context_length(step)) is not None:
+                rows = [self.prepared.row(int(i)) for i in of_step]
+                _, more_tokens, more_pairs = self._cut(rows, context=context)
+                tokens, pairs = tokens + more_tokens, pairs + more_pairs
+        return tokens, pairs
+
+    def _step(self, ids: np.ndarray, steps_done: int) -> dict:
+        """What all micro-batches of a step say of it, as its rows are prepared."""
+        prepared, real = self.prepared, ids[ids != BLANK_ROW]
+        return {
+            "step_targets": int(prepared.target_counts[real].sum()),
+            "step_tokens": len(real) * prepared.row_length - int(prepared.pad_counts[real].sum()),
+            "step_pairs": sum(self._pairs(row) for row in real),
+            "step_rows": ids.tolist(),
+            "context_length": self._context_length(steps_done),
+        }
+
+    def _whole_rows(self, ids: np.ndarray, step: dict) -> Iterator[dict]:
+        # (accumulation, data-parallel ranks, batch size)
+        micro_batches = ids.reshape(-1, self.data_degree, self.batch_size)
+        length = self.prepared.row_length
+        cost = [length + self.dealing.pair_price * self._pairs(row) for row in ids]
+        step = step | {
+            "micro_batches": len(micro_batches),
+            "work_imbalance": work_imbalance(
+                np.reshape(cost, micro_batches.shape).sum(-1),
+                meets_every_forward=meets_every_forward(self.dealing.zero_stage),
+            ),
+            "planned_tokens": self.batch_size * length,
+        }
+        for k, mine in enumerate(micro_batches[:, self.data_rank]):
+            batch = collate(self.prepared, mine, pattern=self.pattern)
+            yield batch | step | {"is_last": k == len(micro_batches) - 1}
+
+    def _units(self, ids: np.ndarray, step: dict) -> Iterator[dict]:
+        prepared, dealing = self.prepared, self.dealing
+        rows = [prepared.row(int(i)) for i in ids]
+        units, more_tokens, more_pairs = self._cut(rows, context=step["context_length"])
+        step = step | {
+            "step_tokens": step["step_tokens"] + more_tokens,
+            "step_pairs": step["step_pairs"] + more_pairs,
+        }
+        plan = deal_units(
+            units,
+            data_ranks=self.data_degree,
+            zero_stage=dealing.zero_stage,
+            most_tokens=dealing.micro_batch_tokens,
+            pair_price=dealing.pair_price,
+        )
+        step = step | {
+            "micro_batches": plan.micro_batches,
+            "work_imbalance": plan.work_imbalance,
+        }
+        source = StepRows(rows, self.pattern, prepared.anchor_placement, prepared.pad_id)
+        for k, tokens in enumerate(plan.planned_tokens.tolist()):
+            batch = source.collate(
+                plan, rank=self.data_rank, index=k, divisible_by=dealing.divisible_by
+            )
+            padded = max(1, -(-tokens // dealing.divisible_by)) * dealing.divisible_by
+            last = k == plan.micro_batches - 1
+            yield batch | step | {"planned_tokens": padded, "is_last": last}
+
+    def _cut(self, rows: list[Row], *, context: int | None) -> tuple[Units, int, float]:
+        """The units of a step's rows, and the tokens and pairs that cutting documents at `context` adds to
+        the rows': anchors, and fewer pairs."""
+        kind = unit_kind(self.pattern, self.prepared.anchor_placement)
+        uncut = cut_rows(rows, kind=kind, windows=self.dealing.windows)
+        if context is None:
+            return uncut, 0, 0
+        units = cut_units(uncut, context=context)
+        more_tokens, more_pairs = (
+            (now.sum() - before.sum()).item()
+            for now, before in ((units.tokens, uncut.tokens), (units.pairs, uncut.pairs))
+        )
+        return units, more_tokens, more_pairs
+
+    def _context_length(self, steps_done: int) -> int | None:
+        return None if self.context is None else self.context.length(steps_done)
+
+    def _pairs(self, row: int) -> float:
+        """The (query, key) pairs that the pattern attends to in one row, the mean over the layers."""
+        starts, documents = self.prepared.row(row).pieces()
+        return attended_pairs(
+            np.diff(starts, append=self.prepared.row_length),
+            documents=documents,
+            pattern=self.pattern,
+            anchor_placement=self.prepared.anchor_placement,
+            windows=self.dealing.windows,
+        )
 
 
 def make_loader(
@@ -133,21 +190,34 @@ def make_loader(
     data_degree: int,
     first_row: int = 0,
     total_rows: int | None = None,
+    first_step: int = 0,
+    context: ContextSchedule | None = None,
+    dealing: Dealing | None = None,
     transform: Callable[[dict], dict] | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """An iterable over the micro-batches of one data-parallel rank, `accumulation` of them per step.
+    """An iterable over the micro-batches of one data-parallel rank.
 
     Args:
-        batch_size: rows in a micro-batch.
+        batch_size, accumulation: their product, times the data ranks, are the rows of a step; a micro-batch
+            of whole rows has `batch_size` of them.
         first_row: rows that earlier steps have used (to resume).
         total_rows: end after so many rows, the last step filled up with blank ones; None: never end.
+        first_step: steps that are done; the first to come has the `context` behind so many.
+        context: cuts documents shorter, at a length that grows step by step; needs micro-batches of units.
+        dealing: how a step's rows become micro-batches; None: `batch_size` whole rows each.
         transform: applied to each batch in the worker (sequence parallelism shards it there).
 
     Returns:
-        Batches as `collate` makes them, and with the whole step's `step_targets`, `step_tokens`
-        (without padding), `step_pairs` (of attention, by the pattern) and `step_rows` (ids).
+        Batches as `collate.py` makes them. With them go the step's `step_targets`, `step_tokens` (without
+        padding), `step_pairs` (of attention, by the pattern and the layers' windows), `step_rows` (ids) and
+        `context_length` (the most tokens that attention spans, where `context` cuts documents; else None);
+        and of its cut `micro_batches` (how many each rank has), `is_last` (whether the step ends with this
+        one), `planned_tokens` (the most tokens that any data rank has in it: the same number on all ranks)
+        and `work_imbalance`.
     """
+    dealing = dealing or Dealing()
+    assert context is None or dealing.micro_batch_tokens is not None, "whole rows are not cut"
     order = RowOrder(
         rows=len(prepared),
         seed=seed,
@@ -162,6 +232,9 @@ def make_loader(
         data_rank=data_rank,
         data_degree=data_degree,
         first_row=first_row,
+        first_step=first_step,
+        context=context,
+        dealing=dealing,
         transform=transform,
     )
     return DataLoader(
@@ -170,55 +243,14 @@ def make_loader(
         num_workers=1,
         prefetch_factor=4,
         pin_memory=pin_memory,
-        worker_init_fn=_heed_the_rank_alone,
+        worker_init_fn=live_with_rank,
         generator=torch.Generator(),  # else it draws from the global one, at every start and resume
     )
 
 
-def _heed_the_rank_alone(_worker: int) -> None:
-    """A scheduler signals data workers too, but their rank needs them to finish its step.
-
-    They end with it, or by its SIGTERM, which multiprocessing sends when a rank leaves by an error.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def collate(prepared: PreparedRows, row_ids: np.ndarray, *, pattern: str) -> dict:
-    """The rows as one micro-batch.
-
-    Returns:
-        input_ids, labels, position_ids: (B, S) int64; labels are shifted already and hold
-        `IGNORE_INDEX` where there is no target. layout: of the whole rows. row_ids: list of int.
-    """
-    rows = [prepared.row(int(i)) for i in row_ids]
-    length = prepared.row_length
-    # Pieces and documents count over the whole micro-batch.
-    pieces = [row.pieces() for row in rows]
-    first_document = np.cumsum([0, *(documents.max() + 1 for _, documents in pieces)])
-    layout = make_layout(
-        np.concatenate([starts + b * length for b, (starts, _) in enumerate(pieces)]),
-        documents=np.concatenate([ids + first_document[b] for b, (_, ids) in enumerate(pieces)]),
-        batch_size=len(rows),
-        row_length=length,
-        pattern=pattern,
-        anchor_placement=prepared.anchor_placement,
-    )
-    return {
-        "input_ids": torch.from_numpy(
-            np.stack([row.tokens[:length] for row in rows]).astype(np.int64)
-        ),
-        "labels": torch.from_numpy(np.stack([row.labels() for row in rows])),
-        "position_ids": layout.position_ids,
-        "layout": layout,
-        "row_ids": [int(row) for row in row_ids],
-    }
+def one_step(batches: Iterator[dict]) -> Iterator[dict]:
+    """The next step's micro-batches out of a loader's."""
+    for batch in batches:
+        yield batch
+        if batch["is_last"]:
+            return

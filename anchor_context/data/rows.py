@@ -11,6 +11,7 @@ A prepared set is a directory:
     target_counts.npy   (rows,) int32
     document_lengths.npy (documents,) int32: tokens of each document laid, as read
     skipped.jsonl       the records left out
+    held_out.jsonl      the documents kept out of training, if any (`held_out.py`)
     tokenizer/          the tokenizer that made the tokens
     manifest.json       the report and the fingerprint; written last
 
@@ -21,7 +22,6 @@ Costs: nothing in memory but what is read; a row costs one read of 4 (S + 1) byt
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from anchor_context.files import put_in_place
 from anchor_context.layout import IGNORE_INDEX
 
 FORMAT_VERSION = 2
@@ -47,14 +48,6 @@ ARRAYS = (
     "pad_counts",
     "target_counts",
 )
-FLAGS = {
-    "data_format": "--data-format",
-    "row_length": "--seq-length",
-    "strategy": "--packing",
-    "vocab_size": "--model_name_or_path (its vocabulary)",
-    "seed": "--seed (of the preparation)",
-}
-"""Options of the preparation that have not their flag's name."""
 NO_TOKEN = -1
 """The extra token of a row whose last token has no target."""
 
@@ -88,20 +81,33 @@ class Row:
     """(pieces,) int32: pieces of one document, in its order, have one number; the pad's is its own."""
     pad_count: int
 
+    @property
+    def length(self) -> int:
+        """S: the tokens of the row, the extra one apart."""
+        return len(self.tokens) - 1
+
+    @property
+    def ends(self) -> np.ndarray:
+        """(pieces,) int64: where each piece ends."""
+        return np.append(self.starts[1:], self.length)
+
+    @property
+    def document_pieces(self) -> int:
+        """How many of the pieces are documents': the last one is the padding, if there is any."""
+        return len(self.starts) - (self.pad_count > 0)
+
     def labels(self) -> np.ndarray:
         """(S,) int64: the next token of the same document, or `IGNORE_INDEX`."""
-        length = len(self.tokens) - 1
         labels = self.tokens[1:].astype(np.int64)
         labels[-1:][labels[-1:] == NO_TOKEN] = IGNORE_INDEX
-        ends = self.starts[1:] - 1
-        labels[ends] = IGNORE_INDEX
+        labels[self.starts[1:] - 1] = IGNORE_INDEX
         if self.documents[-1] != len(self.documents) - 1:  # interleaved chunks
             order = np.argsort(self.documents, kind="stable")
             same = np.diff(self.documents[order]) == 0
             here, following = order[:-1][same], order[1:][same]
             labels[self.starts[here + 1] - 1] = self.tokens[self.starts[following]]
         if self.pad_count:
-            labels[length - self.pad_count :] = IGNORE_INDEX
+            labels[self.length - self.pad_count :] = IGNORE_INDEX
         for piece in np.flatnonzero(self.untargeted):
             start = self.starts[piece]
             labels[start : start + self.untargeted[piece]] = IGNORE_INDEX
@@ -109,8 +115,8 @@ class Row:
 
     def pieces(self) -> tuple[np.ndarray, np.ndarray]:
         """(starts, documents) of what attention keeps apart: as stored, but padding as short documents."""
-        length = len(self.tokens) - 1
-        cuts = np.arange(length - self.pad_count + PAD_PIECE, length, PAD_PIECE, dtype=np.int32)
+        pad_start = self.length - self.pad_count
+        cuts = np.arange(pad_start + PAD_PIECE, self.length, PAD_PIECE, dtype=np.int32)
         if not self.pad_count or not len(cuts):
             return self.starts, self.documents
         more = np.arange(1, len(cuts) + 1, dtype=np.int32) + self.documents[-1]
@@ -119,7 +125,7 @@ class Row:
     def document_lengths(self) -> np.ndarray:
         """(documents,) int64: tokens of each document in the row, padding as the last, short ones."""
         starts, documents = self.pieces()
-        lengths = np.diff(starts, append=len(self.tokens) - 1)
+        lengths = np.diff(starts, append=self.length)
         return np.bincount(documents, weights=lengths).astype(np.int64)
 
 
@@ -142,7 +148,7 @@ class PreparedRows:
     @property
     def interleaved(self) -> bool:
         """Whether documents lie in several pieces, shuffled within their row."""
-        return self.manifest["fingerprint"]["options"]["interleave_chunks"]
+        return self.fingerprint["options"]["interleave_chunks"]
 
     @property
     def report(self) -> dict:
@@ -150,20 +156,9 @@ class PreparedRows:
         return self.manifest["report"]
 
     @property
-    def origin(self) -> dict[str, object]:
-        """What shaped the rows, by the flag that decides it, as JSON holds it: equal ones, equal rows.
-
-        Data that were moved or touched are the same data; bad documents are skipped, or no rows come.
-        """
-        made = self.manifest["fingerprint"]
-        data = [{k: v for k, v in d.items() if k not in ("path", "mtime_ns")} for d in made["data"]]
-        options = {FLAGS.get(k, f"--{k}"): v for k, v in made["options"].items()}
-        del options["--skip_bad_documents"]
-        return options | {
-            "--dataset (its content)": hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12],
-            "--model_name_or_path (its tokenizer)": made["tokenizer"][:12],
-            "the format of prepared rows": made["format_version"],
-        }
+    def fingerprint(self) -> dict:
+        """What the rows were made of (`fingerprint.py`)."""
+        return self.manifest["fingerprint"]
 
     @property
     def pad_id(self) -> int:
@@ -181,13 +176,19 @@ class PreparedRows:
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest piece of a document in a row, its anchor included. Reads all boundaries."""
+        """Tokens of the longest document in a row, its anchor included: what of it lies in one row, with all
+        its chunks where rows are interleaved. Reads all boundaries."""
         starts, offsets = self._arrays["starts"], self._arrays["piece_offsets"]
         ends = np.append(starts[1:], 0).astype(np.int64)
         last = offsets[1:] - 1  # of each row; where a row is padded, the padding
         ends[last] = self.row_length
         lengths = ends - starts
         lengths[last[self.pad_counts > 0]] = 0
+        if (
+            self.interleaved
+        ):  # documents are numbered within their row, which has no more than pieces
+            first = np.repeat(offsets[:-1], np.diff(offsets))
+            lengths = np.bincount(first + self._arrays["documents"], weights=lengths)
         return int(lengths.max())
 
     @cached_property
@@ -216,19 +217,7 @@ class PreparedRows:
         )
 
     def __reduce__(self):
-        return open_rows, (self.directory,)
-
-
-def source_lines(report: dict, *, at_most: int = 40) -> list[str]:
-    """A table of the largest sources: tokens laid, and their share of all before and after sampling."""
-    tokens, shares = report["sources"], report["source_shares"]
-    names = sorted(tokens, key=lambda name: -tokens[name])
-    lines = ["source                          tokens   share  as read"]
-    lines += [
-        f"{name[:24]:<24} {tokens[name]:>14,} {shares[name]['after']:>7.1%} {shares[name]['before']:>8.1%}"
-        for name in names[:at_most]
-    ]
-    return lines + [f"and {len(names) - at_most:,} smaller ones"] * (len(names) > at_most)
+        return _reopen, (self.directory, self.anchor_placement)
 
 
 def blank_row(row_length: int, pad_id: int) -> Row:
@@ -244,8 +233,16 @@ def is_prepared(path: Path) -> bool:
     return os.path.isfile(path / MANIFEST)  # False, too, where `path` is a list too long for a path
 
 
-def open_rows(path: Path | str) -> PreparedRows:
+def _reopen(path: Path, anchor_placement: str) -> PreparedRows:
+    return open_rows(path, anchor_placement=anchor_placement)
+
+
+def open_rows(path: Path | str, *, anchor_placement: str | None = None) -> PreparedRows:
     """Open a prepared set.
+
+    Args:
+        anchor_placement: None: as the rows were laid. "none", of rows with an anchor per document: to a
+            pattern without anchors these are their documents' own first tokens.
 
     Raises:
         ValueError: there is none at `path`, its preparation was cut off, or another version made it.
@@ -263,6 +260,8 @@ def open_rows(path: Path | str) -> PreparedRows:
             f"{path} was prepared in format {version}, and this version of the code reads format "
             f"{FORMAT_VERSION}; prepare it again"
         )
+    if anchor_placement is not None:
+        manifest["report"]["anchor_placement"] = anchor_placement
     return PreparedRows(path, manifest)
 
 
@@ -305,19 +304,7 @@ class RowsWriter:
         for file in self._files.values():
             file.close()
         (self.path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for entry in sorted(self.path.rglob("*")):
-            _sync(entry)
-        _sync(self.path)
-        self.path.rename(target)
-        _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        put_in_place(self.path, target)
 
 
 class _NpyFile:

@@ -5,8 +5,9 @@
     off (or unset)               the library's own function, untouched
     intra_doc, intra_doc_reset   a token sees its own document
     anchor                       its own document, and the first token of its row
+    …                            any other pattern of `attention/patterns.py` that knows documents
 
-Documents come from the call: `cu_seq_lens_q`, or packed `position_ids` (`anchor_context/packed.py`).
+Documents come from the call: `cu_seq_lens_q`, or packed `position_ids` (`integrations/boundaries.py`).
 A call that carries neither, a cross-attention, a decoding step and a mask of the caller's own go to
 the library's function. The model has rotated queries and keys before: positions are the caller's, so
 the two intra-document patterns differ only in what the caller passes. Rows that have an anchor at the
@@ -27,10 +28,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from anchor_context.attention.calls import attend_call, window_of_call
+from anchor_context.attention.patterns import PATTERNS
+from anchor_context.engine import attend_on_first_use
+from anchor_context.integrations.boundaries import document_starts, layout_of_starts
+from anchor_context.integrations.calls import attend_call, is_causal_call, window_of_call
 
 VARIABLE = "ANCHOR_CONTEXT_PATTERN"
-CHOICES = ("anchor", "intra_doc", "intra_doc_reset", "off")
+CHOICES = (  # what causal attention over the whole row is, the library computes itself
+    *sorted(name for name, p in PATTERNS.items() if p.unit == "document" or p.sees is not None),
+    "off",
+)
 
 
 def chosen_pattern(environment: Mapping[str, str]) -> str:
@@ -49,15 +56,17 @@ def document_aware(library_function: Callable, *, engine: str) -> Callable:
     """The library's attention function, or one of the same signature that attends by document.
 
     Args:
-        engine: "flash" or "flex"; the anchor, which boundaries cannot say, always takes flex.
+        engine: "flash" or "flex"; a shared anchor, or a rule that boundaries cannot say, always takes flex.
     """
     pattern = chosen_pattern(os.environ)
     if pattern == "off":
         return library_function
-    attend = _engine_on_first_use("flex" if pattern == "anchor" else engine)
+    found = PATTERNS[pattern]
+    attend = attend_on_first_use("flex" if found.anchored or found.sees is not None else engine)
     documents = _Documents(pattern)
     optional = list(inspect.signature(library_function).parameters)[5:]
 
+    @torch.compiler.disable  # it reads what the call brings: nothing for a graph
     @functools.wraps(library_function)
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
         settings = dict(zip(optional, args, strict=False)) | kwargs
@@ -81,9 +90,9 @@ class _Documents:
 
     def of_call(self, module, query: Tensor, key: Tensor, mask, settings: dict[str, Any]):
         """The layout of a packed causal self-attention call, or None for every other call."""
-        causal = settings.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        if not causal or query.shape[2] != key.shape[2] or query.shape[2] == 1:
+        if query.shape[2] != key.shape[2] or query.shape[2] == 1:
+            return None
+        if not is_causal_call(module, settings):
             return None
         boundaries, positions = settings.get("cu_seq_lens_q"), settings.get("position_ids")
         source = positions if boundaries is None else boundaries
@@ -108,8 +117,6 @@ class _Documents:
         return layout if the_librarys else None
 
     def _layout(self, query: Tensor, boundaries: Tensor | None, positions: Tensor | None):
-        from anchor_context.packed import document_starts, layout_of_starts
-
         batch_size, _, row_length, _ = query.shape
         starts = document_starts(
             batch_size=batch_size,
@@ -123,7 +130,7 @@ class _Documents:
             starts,
             like=query[:, 0, :, 0],
             pattern=self.pattern,
-            anchor_placement="shared" if self.pattern == "anchor" else "none",
+            anchor_placement=PATTERNS[self.pattern].placement("shared"),
         )
 
 
@@ -170,25 +177,3 @@ def _is_mask_of(mask, document_ids: Tensor, window: int | None) -> bool:
         own &= distance < window
     visible = mask if mask.dtype == torch.bool else mask == 0
     return bool((visible == own[:, None]).all())
-
-
-def _engine_on_first_use(name: str) -> Callable[..., Tensor]:
-    """Import torch's kernels only when a packed call comes, long after the library's own import."""
-    attends: dict[tuple, Callable[..., Tensor]] = {}
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, layout, **settings) -> Tensor:
-        place = (q.device, q.dtype)
-        if place not in attends:
-            attends[place] = _make_attend(name, q)
-        return attends[place](q, k, v, layout, **settings)
-
-    return attend
-
-
-def _make_attend(name: str, q: Tensor) -> Callable[..., Tensor]:
-    from anchor_context.attention import flash, flex, kernels
-
-    if name == "flex":
-        return flex.make_attend()
-    kernel, _ = kernels.choose_kernel(q.device, q.dtype)
-    return functools.partial(flash.attend, kernel=kernel)

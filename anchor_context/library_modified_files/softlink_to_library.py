@@ -1,6 +1,6 @@
 """Installs document-aware attention into site-packages, reversibly, for scripts that nobody can edit.
 
-    python anchor_context/library_modified_files/softlink_to_library.py install|status|restore
+    python anchor_context/library_modified_files/softlink_to_library.py [install|status|restore]
 
     transformers/integrations/sdpa_attention.py            -> symlink to our modified_files/…
     transformers/integrations/sdpa_attention_pristine.py   the library's own file, kept beside it
@@ -355,7 +355,7 @@ def change(
     wrong = [file.target for file, _ in plan if check(file, force=force) is not None]
     assert not wrong, f"{action} left {wrong} otherwise"
     if action == "install":
-        print("switch it on with ANCHOR_CONTEXT_PATTERN=anchor (or intra_doc, intra_doc_reset)")
+        print("switch it on with ANCHOR_CONTEXT_PATTERN=anchor (or another pattern's name)")
 
 
 def report(libraries: list[Library]) -> bool:
@@ -384,7 +384,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Link document-aware attention over transformers' and yunchang's, or undo it."
     )
-    parser.add_argument("action", choices=("install", "status", "restore"))
+    parser.add_argument(
+        "action", nargs="?", choices=("install", "status", "restore"), default="install"
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask on a terminal")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     parser.add_argument("--library", choices=tuple(FILES), help="only this one")

@@ -6,13 +6,12 @@ rows. Both layers trade tokens for heads, attend, and trade back (arXiv 2309.145
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from anchor_context.attention import flash, flex, kernels
-from anchor_context.packed import document_starts, layout_of_starts
+from anchor_context.engine import attend_on_first_use
+from anchor_context.integrations.boundaries import document_starts, layout_of_starts
+from anchor_context.parallel.groups import RankGrid
 
 
 class _UlyssesByDocument(nn.Module):
@@ -20,6 +19,7 @@ class _UlyssesByDocument(nn.Module):
         """`sequence_process_group`: the ranks that share a row; None is all of them."""
         super().__init__()
         self.group = sequence_process_group
+        self._attend = None
 
     def forward(
         self,
@@ -42,8 +42,7 @@ class _UlyssesByDocument(nn.Module):
         Raises:
             ValueError: heads that do not divide over the ranks, or bad boundaries.
         """
-        from anchor_context.parallel.account import CommAccount
-        from anchor_context.parallel.ulysses import check_heads, ulysses  # imports yunchang itself
+        from anchor_context.parallel.ulysses import check_heads  # imports yunchang itself
 
         degree = dist.get_world_size(self.group)
         check_heads(query.shape[2], degree)
@@ -54,30 +53,21 @@ class _UlyssesByDocument(nn.Module):
         layout = layout_of_starts(
             starts, like=rows, pattern=self.pattern, anchor_placement=self.anchor_placement
         )
-        attend = ulysses(self._engine(query), self.group, CommAccount())
+        if self._attend is None:
+            grid = RankGrid(ulysses_degree=degree)
+            self._attend = attend_on_first_use(self.engine, grid=grid, ulysses_group=self.group)
         scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return attend(*heads_first, layout, scale=scale).transpose(1, 2)
+        return self._attend(*heads_first, layout, scale=scale).transpose(1, 2)
 
 
 class VarLenUlyssesAttention(_UlyssesByDocument):
     """A token sees its own document: FlashAttention's variable-length kernels."""
 
-    pattern, anchor_placement = "intra_doc", "none"
-
-    def _engine(self, query: Tensor):
-        kernel, _ = kernels.choose_kernel(query.device, query.dtype)
-        return partial(flash.attend, kernel=kernel)
+    engine, pattern, anchor_placement = "flash", "intra_doc", "none"
 
 
 class UlyssesFlexAttention(_UlyssesByDocument):
     """A token sees its own document and the row's first token, the anchor: FlexAttention."""
 
-    pattern, anchor_placement = "anchor", "shared"
-
-    def __init__(self, sequence_process_group: dist.ProcessGroup | None = None):
-        super().__init__(sequence_process_group)
-        self._flex = flex.make_attend()
-
-    def _engine(self, query: Tensor):
-        return self._flex
+    engine, pattern, anchor_placement = "flex", "anchor", "shared"

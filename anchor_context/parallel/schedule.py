@@ -7,8 +7,22 @@ A rank's blocks, in the order of the row, form *runs* of neighbouring blocks. It
   document, against the document's earlier tokens. The rectangle is split by where those tokens are,
   on this rank or on another, and its parts are merged by log-sum-exp (`ring.py`).
 
-What rank s sends to rank r is the tails (`plan.py`) that r needs, in the order of the row, so the
-part of a rectangle that lies on s is one contiguous range of that message.
+A sliding window is the kernel's in the first of these. From the rectangle it cuts a band, which is split
+once more, into plain rectangles and triangles, so that every kernel can compute it. The keys of one source
+stand in the order of the row, and a query sees the last of them, from the window's edge on. While the edge
+moves through tokens of other ranks, all queries see the same keys: a rectangle. While it moves through m
+tokens of this source, each query sees one key less than the one before (a line is a query, m = 4):
+
+    x x x x x x     the first m - 1 keys and queries: a triangle, a causal one if both are read backwards
+    . x x x x x     the other keys and all m queries: a rectangle
+    . . x x x x
+    . . . x x x
+
+An anchor that the window hides is one more key of each query that it is hidden from: a rectangle of its own.
+
+What rank s sends to rank r is the tails (`plan.py`) that r needs, as much of each as its windows see, and the
+anchors, in the order of the row, so the part of a rectangle that lies on s is one contiguous range of that
+message.
 
 Guarantees: made from the boundaries alone, in a loader worker, identically on all ranks: what one rank
 will send is what the other will await. Costs a third of a millisecond per row of 131,072 tokens on 8
@@ -20,49 +34,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anchor_context.attention.kernels import Spans
-from anchor_context.attention.patterns import attended_boundaries
+from anchor_context.attention.patterns import effective_window
 from anchor_context.layout import DocumentLayout
-from anchor_context.parallel.plan import BlockRow, RowPlan, join_rows, plan_row
+from anchor_context.parallel.plan import BlockRow, RowPlan, join_rows
 
 
 @dataclass(frozen=True, eq=False)
-class Rectangles:
-    """Queries against the keys of one source: span i is one rectangle."""
+class Part:
+    """Queries, each of them once, against the keys of one source: span i is one rectangle or triangle."""
 
     queries: Tensor
     """(Tq,) int64: local tokens."""
     keys: Tensor
     """(Tk,) int64: local tokens, or tokens of the source's message."""
     spans: Spans
+    causal: bool
+    """Whether the spans are triangles."""
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """One exchange: send to the rank `step` places on, receive from the one `step` places back."""
+class Exchange:
+    """At one distance d: send to the rank d places on, receive from the rank d places back."""
 
     send: Tensor
-    """(tokens,) int64: the local tokens whose keys and values are sent. Empty in step 0."""
+    """(tokens,) int64: the local tokens whose keys and values are sent. Empty at distance 0."""
     receive: int
-    """Tokens received. 0 in step 0, where the source is the rank itself."""
-    rectangles: Rectangles | None
-    """What the received keys (in step 0 the rank's own) are for; None if nothing."""
+    """Tokens received. 0 at distance 0, where the source is the rank itself."""
+    parts: tuple[Part, ...]
+    """What the received keys (at distance 0 the rank's own) are for."""
 
 
 @dataclass(frozen=True, eq=False)
 class RingSchedule:
     """One rank's part of attention over B planned rows, tokens counted in its flattened (B, L) rows."""
 
+    window: int | None
+    """Tokens that a query sees, itself included; None where it sees all of its unit."""
     causal: Spans
-    steps: tuple[Step, ...]
-    """One for each rank of the ring."""
+    exchanges: tuple[Exchange, ...]
+    """One for each distance: 0, 1, …, ranks - 1."""
     imbalance: float
-    """Attention pairs of the busiest rank over the mean, of this micro-batch."""
+    """Attention pairs of the busiest rank over the mean, of this micro-batch and all layers together."""
     sent_tokens: int
     """Tokens of keys and values that cross ranks, all ranks together, per layer and forward."""
     plain_ring_tokens: int
@@ -71,12 +90,12 @@ class RingSchedule:
     @property
     def my_sent_tokens(self) -> int:
         """Tokens of keys and values that this rank sends per layer and forward."""
-        return sum(step.send.numel() for step in self.steps)
+        return sum(exchange.send.numel() for exchange in self.exchanges)
 
     @property
     def my_received_tokens(self) -> int:
         """Tokens of keys and values that this rank receives per layer and forward."""
-        return sum(step.receive for step in self.steps)
+        return sum(exchange.receive for exchange in self.exchanges)
 
     def __str__(self) -> str:
         """Bytes as a share of a plain ring's, which holds for any heads and dtype: a plan knows tokens."""
@@ -91,135 +110,254 @@ class RingSchedule:
 class ShardedLayout(DocumentLayout):
     """The layout of the whole rows, with this rank's part of the ring."""
 
-    schedule: RingSchedule
+    schedules: dict[int | None, RingSchedule]
+    """For every window of the model's layers."""
+
+    @property
+    def imbalance(self) -> float:
+        """Attention pairs of the busiest rank over the mean: one number, because a token has one place."""
+        return next(iter(self.schedules.values())).imbalance
+
+    def schedule_of(self, window: int | None) -> RingSchedule:
+        """The schedule of a layer with this window.
+
+        Raises:
+            ValueError: a window that `shard_batch` was not told.
+        """
+        window = effective_window(self, window)
+        if window not in self.schedules:
+            raise ValueError(
+                f"a layer attends through a sliding window of {window} tokens, and the ring was planned for "
+                f"{list(self.schedules)}: give shard_batch the windows of all layers"
+            )
+        return self.schedules[window]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> ShardedLayout:
-        return replace(super()._map(change), schedule=_map_tensors(self.schedule, change))
+        return replace(super()._map(change), schedules=_map_tensors(self.schedules, change))
 
 
 def _map_tensors(value, change: Callable[[Tensor], Tensor]):
-    """`value` with `change` applied to every tensor in its tuples and dataclasses."""
+    """`value` with `change` applied to every tensor in its tuples, dictionaries and dataclasses."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
         return tuple(_map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, change) for key, item in value.items()}
     if is_dataclass(value):
         parts = {f.name: _map_tensors(getattr(value, f.name), change) for f in fields(value)}
         return replace(value, **parts)
     return value
 
 
-def plan_rows(layout: DocumentLayout, *, ranks: int) -> list[RowPlan]:
-    """Plan every row of a layout, by what its pattern attends to.
+@dataclass(frozen=True)
+class _Sources:
+    """Where one rank finds the keys of every block: in its local tokens, or in the message of their owner."""
 
-    Raises:
-        ValueError: the layout has a shared anchor, which is visible to tokens of every rank.
-    """
-    boundaries = attended_boundaries(layout)[0].numpy().astype(np.int64)
-    row_starts = np.arange(layout.batch_size + 1, dtype=np.int64) * layout.row_length
-    edges = np.searchsorted(boundaries, row_starts)
-    return [
-        plan_row(boundaries[first : last + 1] - start, ranks=ranks)
-        for first, last, start in zip(edges[:-1], edges[1:], row_starts[:-1], strict=True)
-    ]
-
-
-def local_tokens(plans: list[RowPlan], *, rank: int) -> np.ndarray:
-    """(B, L) int64: the row index of every token of a rank, L = S / ranks, in the order of the row."""
-    blocks = np.stack([np.flatnonzero(plan.owner == rank) for plan in plans])
-    block = plans[0].row.block
-    return (blocks[:, :, None] * block + np.arange(block)).reshape(len(plans), -1)
+    ranks: int
+    distance: np.ndarray
+    """(n,) how many places back the owner of a block stands."""
+    ends: np.ndarray
+    """(n,) where the keys of a block end."""
+    lone_anchors: np.ndarray
+    """(n,) where the anchor of the document that crosses the block's end is, if it came without the tokens
+    after it; else -1."""
 
 
-def make_schedule(plans: list[RowPlan], *, rank: int) -> RingSchedule:
-    """The schedule of ring rank `rank`; `plans` as every rank of the ring makes them."""
+def make_schedule(plans: list[RowPlan], *, rank: int, window: int | None = None) -> RingSchedule:
+    """The schedule of ring rank `rank` for layers with `window`; `plans` as every rank makes them."""
     plan = join_rows(plans)
-    ranks, row, needed = plan.ranks, plan.row, plan.needed()
+    ranks, row = plan.ranks, plan.row
     mine = plan.owner == rank
+    # (ranks, n, 2): tokens that a rank needs of a block, in the order of the row: an anchor, the tail's end.
+    needed = np.stack((plan.needed_anchors(window), plan.needed(window)), axis=-1).astype(np.int64)
+    local_ends = np.cumsum(mine) * row.block  # where an own block ends in the local tokens
 
-    # Step by step, what the target needs of this rank's blocks.
-    ends = np.cumsum(mine) * row.block  # of own blocks, in local tokens
-    step, blocks = np.nonzero(needed[(rank + np.arange(ranks)) % ranks] & mine)
-    tails = row.tail[blocks]
-    sends = _split(_ranges(ends[blocks] - tails, tails), _sums(step, tails, ranks))
+    # Distance by distance, what the target needs of this rank's blocks.
+    wanted = needed[(rank + np.arange(ranks)) % ranks] * mine[:, None]
+    distance, blocks, kind = np.nonzero(wanted)
+    tokens = wanted[distance, blocks, kind]
+    starts = local_ends[blocks] - np.where(kind == 0, row.tail[blocks], tokens)
+    sends = _split(_ranges(starts, tokens), _sums(distance, tokens, ranks))
 
-    # Step by step, what arrives: the needed tails of the source, one after the other.
-    step_of = (rank - plan.owner) % ranks
-    blocks = np.flatnonzero(needed[rank])
-    blocks = blocks[np.argsort(step_of[blocks], kind="stable")]
-    receives = _sums(step_of[blocks], row.tail[blocks], ranks)
-    message_starts = np.cumsum(receives) - receives
-    ends[blocks] = np.cumsum(row.tail[blocks]) - message_starts[step_of[blocks]]
+    # Distance by distance, what arrives: the same of the source, one after the other.
+    distance_of = (rank - plan.owner) % ranks
+    blocks, kind = np.nonzero(needed[rank])
+    order = np.argsort(distance_of[blocks], kind="stable")
+    blocks, kind = blocks[order], kind[order]
+    tokens = needed[rank, blocks, kind]
+    receives = _sums(distance_of[blocks], tokens, ranks)
+    ends = np.cumsum(tokens) - (np.cumsum(receives) - receives)[distance_of[blocks]]
+    key_ends, lone_anchors = local_ends.copy(), np.full(len(mine), -1)
+    key_ends[blocks[kind == 1]] = ends[kind == 1]
+    lone_anchors[blocks[kind == 0]] = ends[kind == 0] - 1
+    sources = _Sources(ranks, distance_of, key_ends, lone_anchors)
 
     # Runs of neighbouring blocks; first block, and the block behind the last.
-    edges = np.diff(mine, prepend=False, append=False)
-    runs = np.flatnonzero(edges).reshape(-1, 2).T
-    rectangles = _rectangles(row, runs, ends=ends, step_of=step_of, ranks=ranks)
+    changes = np.diff(mine, prepend=False, append=False)
+    runs = np.flatnonzero(changes).reshape(-1, 2).T
+    # Pieces of documents inside the runs cover every local token: where they start in the row, and locally.
+    starts = np.unique(np.concatenate((row.boundaries[:-1], runs[0] * row.block)))
+    starts = starts[mine[starts // row.block]]
+    local = local_ends[starts // row.block] - row.block + starts % row.block
+    edges = np.append(local, np.count_nonzero(mine) * row.block)
+
+    kinds = (
+        *_bands(row, runs, sources, window=window, local_ends=local_ends),
+        _hidden_anchors(row, starts, edges, sources, window=window),
+    )
+    longest = int(np.diff(edges).max())
+    cu_seqlens = torch.from_numpy(edges.astype(np.int32))
     return RingSchedule(
-        causal=_causal_spans(row, runs, mine=mine, ends=ends),
-        steps=tuple(map(Step, sends, receives.tolist(), rectangles)),
+        window=window,
+        causal=Spans(cu_seqlens, cu_seqlens, longest, longest),
+        exchanges=tuple(
+            Exchange(send, receive, tuple(part for part in parts if part is not None))
+            for send, receive, *parts in zip(sends, receives.tolist(), *kinds, strict=True)
+        ),
         imbalance=plan.imbalance,
-        sent_tokens=plan.sent_tokens,
+        sent_tokens=plan.sent(window),
         plain_ring_tokens=(ranks - 1) * len(plan.owner) * row.block,
     )
 
 
-def _causal_spans(row: BlockRow, runs: np.ndarray, *, mine: np.ndarray, ends: np.ndarray) -> Spans:
-    """The pieces of documents inside the runs, covering every local token."""
-    starts = np.concatenate((row.boundaries[:-1], runs[0] * row.block))
-    starts = starts[mine[starts // row.block]]
-    local = ends[starts // row.block] - row.block + starts % row.block
-    cu_seqlens = np.unique(np.append(local, np.count_nonzero(mine) * row.block))
-    longest = int(np.diff(cu_seqlens).max())
-    edges = torch.from_numpy(cu_seqlens.astype(np.int32))
-    return Spans(edges, edges, longest, longest)
-
-
-def _rectangles(
-    row: BlockRow, runs: np.ndarray, *, ends: np.ndarray, step_of: np.ndarray, ranks: int
-) -> list[Rectangles | None]:
-    """Every step's rectangles.
+def _bands(
+    row: BlockRow,
+    runs: np.ndarray,
+    sources: _Sources,
+    *,
+    window: int | None,
+    local_ends: np.ndarray,
+) -> tuple[list[Part | None], list[Part | None]]:
+    """Of every distance, the rectangles and the triangles of the runs that begin inside a document.
 
     Args:
         runs: (2, runs): first block, and the block behind the last.
-        ends: (n,) where a block's tokens end, in the local tokens or in the message that holds its tail.
-        step_of: (n,) the step whose source owns a block.
+        local_ends: (n,) where an own block ends in the local tokens.
     """
+    if window is None:
+        window = 2 * int(row.boundaries[-1])  # whose edge never comes to a key
     runs = runs[:, row.document_start[runs[0]] < runs[0] * row.block]
     first, behind = runs
-    heads = np.minimum(row.document_end[first], behind * row.block) - first * row.block
+    start = first * row.block
+    heads = np.minimum(row.document_end[first], behind * row.block) - start
+    edge = start - window + 1  # of the window of a run's first query
 
-    # A run sees the tails of all earlier blocks of its first document; those of one step are a range.
+    # The earlier blocks of a run's document, as far as its first query sees them: keys low … high - 1.
     lowest = row.document_start[first] // row.block
     run = np.repeat(np.arange(len(first)), first - lowest)
     blocks = _ranges(lowest, first - lowest)
-    _, lows, range_of = np.unique(
-        step_of[blocks] * len(first) + run, return_index=True, return_inverse=True
-    )
-    key_lengths = _sums(range_of, row.tail[blocks], len(lows))
-    run, blocks = run[lows], blocks[lows]
+    low = np.maximum(blocks * row.block, np.maximum(row.document_start[first], edge)[run])
+    high = (blocks + 1) * row.block
+    seen = np.flatnonzero(low < high)
+    seen = seen[np.lexsort((run[seen], sources.distance[blocks[seen]]))]
+    run, blocks, low, high = run[seen], blocks[seen], low[seen], high[seen]
+    distance = sources.distance[blocks]
 
-    step = step_of[blocks]
-    queries = _by_step(ends[first[run]] - row.block, heads[run], step, ranks)
-    keys = _by_step(ends[blocks] - row.tail[blocks], key_lengths, step, ranks)
+    # Those of one run and one source stand one behind the other among its keys, and end where the last ends.
+    group = distance * len(first) + run
+    is_first, is_last = np.diff(group, prepend=-1) != 0, np.diff(group, append=-1) != 0
+    keys = sources.ends[blocks] - (high - low)
+    keys_end = sources.ends[blocks[is_last]][np.cumsum(is_first) - 1]
+
+    # Queries of the run, counted from its first: the edge comes to these keys, and leaves them.
+    comes, leaves = (np.minimum(x - edge[run], heads[run]) for x in (low, high))
+    left_before = np.where(is_first, 0, np.roll(leaves, 1))
+    local = (local_ends[first] - row.block)[run]
+    same, moving = comes - left_before, leaves - comes
+    part = partial(_parts, ranks=sources.ranks)
+    rectangles = part(
+        distance=np.tile(distance, 2),
+        queries=np.concatenate((local + left_before, local + comes)),
+        query_lengths=np.concatenate((same, moving)),
+        keys=np.concatenate((keys, keys + moving - 1)),
+        key_lengths=np.concatenate((keys_end - keys, keys_end - (keys + moving - 1))),
+    )
+    triangles = part(
+        distance=distance,
+        queries=local + comes,
+        query_lengths=moving - 1,
+        keys=keys,
+        key_lengths=moving - 1,
+        causal=True,
+    )
+    return rectangles, triangles
+
+
+def _hidden_anchors(
+    row: BlockRow, starts: np.ndarray, edges: np.ndarray, sources: _Sources, *, window: int | None
+) -> list[Part | None]:
+    """Of every distance, the anchors that the window hides from some of this rank's queries.
+
+    Args:
+        starts: (pieces,) where the pieces of documents on this rank start in the row.
+        edges: (pieces + 1,) where they start among the local tokens, and where the last one ends.
+    """
+    if window is None or not row.anchored:
+        return [None] * sources.ranks
+    anchors = row.boundaries[np.searchsorted(row.boundaries, starts, side="right") - 1]
+    blocks = anchors // row.block
+    lengths = np.diff(edges)
+    near = np.clip(anchors + window - starts, 0, lengths)  # those that see their anchor
+    after = (blocks + 1) * row.block - anchors  # tokens of the anchor's block, from the anchor on
+    lone = sources.lone_anchors[blocks]
+    return _parts(
+        distance=sources.distance[blocks],
+        queries=edges[:-1] + near,
+        query_lengths=lengths - near,
+        keys=np.where(lone < 0, sources.ends[blocks] - after, lone),
+        key_lengths=np.ones_like(blocks),
+        ranks=sources.ranks,
+    )
+
+
+def _parts(
+    *,
+    distance: np.ndarray,
+    queries: np.ndarray,
+    query_lengths: np.ndarray,
+    keys: np.ndarray,
+    key_lengths: np.ndarray,
+    ranks: int,
+    causal: bool = False,
+) -> list[Part | None]:
+    """The part of every distance, of spans that are given by where they start and how long they are.
+
+    Spans without queries are left out. The tokens of causal ones are named backwards.
+    """
+    chosen = np.flatnonzero(query_lengths > 0)
+    if not len(chosen):
+        return [None] * ranks
+    chosen = chosen[np.argsort(distance[chosen], kind="stable")]
+    distance = distance[chosen]
+    sides = (
+        _by_distance(starts[chosen], lengths[chosen], distance, ranks, backwards=causal)
+        for starts, lengths in ((queries, query_lengths), (keys, key_lengths))
+    )
     return [
-        Rectangles(q, k, Spans(cu_q, cu_k, max_q, max_k)) if len(q) else None
-        for (q, cu_q, max_q), (k, cu_k, max_k) in zip(queries, keys, strict=True)
+        Part(q, k, Spans(cu_q, cu_k, max_q, max_k), causal) if len(q) else None
+        for (q, cu_q, max_q), (k, cu_k, max_k) in zip(*sides, strict=True)
     ]
 
 
-def _by_step(
-    starts: np.ndarray, lengths: np.ndarray, step: np.ndarray, ranks: int
+def _by_distance(
+    starts: np.ndarray, lengths: np.ndarray, distance: np.ndarray, ranks: int, *, backwards: bool
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(tokens, cu_seqlens, longest) of every step's ranges; `step` says, in order, whose a range is."""
-    counts, tokens = np.bincount(step, minlength=ranks), _sums(step, lengths, ranks)
-    edges = np.cumsum(np.insert(lengths, np.cumsum(counts) - counts, 0))  # a 0 before each step's
-    edges -= np.repeat(np.cumsum(tokens) - tokens, counts + 1)
+    """(tokens, cu_seqlens, longest) of every distance's ranges; `distance`, sorted, is that of each range.
+    Each range by itself is read backwards, or not."""
+    counts, sizes = np.bincount(distance, minlength=ranks), _sums(distance, lengths, ranks)
+    # A 0 before the lengths of each distance.
+    cu_seqlens = np.cumsum(np.insert(lengths, np.cumsum(counts) - counts, 0))
+    cu_seqlens -= np.repeat(np.cumsum(sizes) - sizes, counts + 1)
     longest = np.zeros(ranks, dtype=np.int64)
-    np.maximum.at(longest, step, lengths)
+    np.maximum.at(longest, distance, lengths)
+    if backwards:
+        tokens = _ranges(starts[::-1], lengths[::-1])[::-1].copy()
+    else:
+        tokens = _ranges(starts, lengths)
     return zip(
-        _split(_ranges(starts, lengths), tokens),
-        _split(edges.astype(np.int32), counts + 1),
+        _split(tokens, sizes),
+        _split(cu_seqlens.astype(np.int32), counts + 1),
         longest.tolist(),
         strict=True,
     )
@@ -233,9 +371,9 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([index[:0], *pieces])
 
 
-def _sums(step: np.ndarray, tokens: np.ndarray, ranks: int) -> np.ndarray:
-    """(ranks,) int64: the tokens of each step."""
-    return np.bincount(step, tokens, minlength=ranks).astype(np.int64)
+def _sums(distance: np.ndarray, tokens: np.ndarray, ranks: int) -> np.ndarray:
+    """(ranks,) int64: the tokens of each distance."""
+    return np.bincount(distance, tokens, minlength=ranks).astype(np.int64)
 
 
 def _split(tokens: np.ndarray, sizes: np.ndarray) -> tuple[Tensor, ...]:

@@ -17,57 +17,67 @@ from torch.distributed import ProcessGroup
 from yunchang.comm.all_to_all import all_to_all_4D
 
 from anchor_context.layout import DocumentLayout
-from anchor_context.parallel.account import CommAccount, size_in_bytes
+from anchor_context.parallel.traffic import Traffic, size_in_bytes
 
 HEADS, TOKENS = 2, 1
 """Dimensions of yunchang's (B, S, H, D) tensors."""
 
 
-class Exchange(torch.autograd.Function):
+class AllToAll(torch.autograd.Function):
     """One all-to-all: divides dimension `scatter`, joins dimension `gather`; the gradient goes back.
 
     yunchang's own autograd class does the same without counting the backward's bytes.
     """
 
     @staticmethod
-    def forward(ctx, x, scatter: int, gather: int, group: ProcessGroup, account: CommAccount):
-        ctx.settings = scatter, gather, group, account
-        return exchange(x, scatter=scatter, gather=gather, group=group, account=account)
+    def forward(ctx, x, scatter: int, gather: int, group: ProcessGroup, traffic: Traffic):
+        ctx.settings = scatter, gather, group, traffic
+        return all_to_all(x, scatter=scatter, gather=gather, group=group, traffic=traffic)
 
     @staticmethod
     def backward(ctx, gradient):
-        scatter, gather, group, account = ctx.settings
-        gradient = exchange(gradient, scatter=gather, gather=scatter, group=group, account=account)
+        scatter, gather, group, traffic = ctx.settings
+        gradient = all_to_all(
+            gradient, scatter=gather, gather=scatter, group=group, traffic=traffic
+        )
         return gradient, None, None, None, None
 
 
-def exchange(
-    x: Tensor, *, scatter: int, gather: int, group: ProcessGroup, account: CommAccount
+def all_to_all(
+    x: Tensor, *, scatter: int, gather: int, group: ProcessGroup, traffic: Traffic
 ) -> Tensor:
-    """all_to_all_4D of (B, S, H, D), accounted: all but this rank's own part travels."""
+    """all_to_all_4D of (B, S, H, D), counted: all but this rank's own part travels."""
     degree = dist.get_world_size(group)
     travels = size_in_bytes(x) // degree * (degree - 1)
-    account.add("ulysses", sent=travels, received=travels)
+    traffic.add("ulysses", sent=travels, received=travels)
     return all_to_all_4D(x, scatter, gather, group=group)
 
 
 def ulysses(
-    attend: Callable[..., Tensor], group: ProcessGroup, account: CommAccount
+    attend: Callable[..., Tensor], group: ProcessGroup, traffic: Traffic
 ) -> Callable[..., Tensor]:
     """`attend` for whole rows -> `attend` for this rank's tokens, (B, H, S/U, D) in and out."""
     degree = dist.get_world_size(group)
 
     def trade(x: Tensor, *, scatter: int, gather: int) -> Tensor:
-        return Exchange.apply(x.transpose(1, 2), scatter, gather, group, account).transpose(1, 2)
+        return AllToAll.apply(x.transpose(1, 2), scatter, gather, group, traffic).transpose(1, 2)
 
     def attend_ulysses(
-        q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, **settings
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: DocumentLayout,
+        *,
+        sinks: Tensor | None = None,
+        **settings,
     ) -> Tensor:
         repeats = kv_repeats(k.shape[1], degree)
         if repeats > 1:  # fewer key/value heads than ranks: each rank needs a head of its own
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         q, k, v = (trade(x, scatter=HEADS, gather=TOKENS) for x in (q, k, v))
-        out = attend(q, k, v, layout, **settings)
+        if sinks is not None:  # of this rank's heads; the others' gradient comes from their ranks
+            sinks = sinks.chunk(degree)[dist.get_rank(group)]
+        out = attend(q, k, v, layout, sinks=sinks, **settings)
         return trade(out, scatter=TOKENS, gather=HEADS)
 
     return attend_ulysses

@@ -95,8 +95,13 @@ def rotating_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def rotary_tables(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that compute cos and sin."""
-    return [module for module in model.modules() if hasattr(module, "inv_freq")]
+    """The modules that compute cos and sin. One may hold frequencies for each kind of layer (Gemma 3)."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "inv_freq")
+        or any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+    ]
 
 
 def _rotates(module: nn.Module) -> bool:
