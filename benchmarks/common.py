@@ -1,7 +1,8 @@
 """What the benchmarks share: rows of log-normal documents, a fresh process per peak, and the report.
 
 A benchmark prints a table for people and, last, one JSON line for programs: `{"benchmark", "hardware",
-"versions", "command", "ceiling", "results"}`, times in seconds (medians), sizes in bytes.
+"versions", "command", "ceiling", "results"}`, times in seconds (medians), sizes in bytes. With `--keep FILE`
+(`Report`) each result is appended to a file besides, the moment it is measured.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import multiprocessing
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata, util
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,22 +27,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from anchor_context.attention.patterns import attended_pairs, make_layout
+from anchor_context.attention.kernels import KERNELS
+from anchor_context.attention.patterns import PATTERNS, attended_pairs, make_layout
 from anchor_context.layout import DocumentLayout
-from anchor_context.metrics import peak_memory_bytes
+from anchor_context.run.device import peak_memory_bytes
 
 MEDIAN, SIGMA = 1339, 1.0
 """Tokens in a document: log-normal, as web text is."""
-PLACEMENT = {"anchor": "per_document"}
-"""Where a pattern has its anchors; others have none."""
 PACKAGES = (
     "torch",
     "transformers",
     "tokenizers",
     "deepspeed",
     "numpy",
+    "yunchang",
     "liger-kernel",
     "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "triton",
 )
 
@@ -45,37 +53,59 @@ PACKAGES = (
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def document_lengths(row_length: int, *, seed: int) -> np.ndarray:
-    """(documents,) int64: one packed row of log-normal documents, the last cut at the row's end."""
+def document_lengths(row_length: int, *, seed: int, longest: int | None = None) -> np.ndarray:
+    """(documents,) int64: one packed row of log-normal documents, the last cut at the row's end.
+
+    Args:
+        longest: tokens at which documents are cut, if at all.
+    """
     rng = np.random.default_rng(seed)
     lengths: list[int] = []
     left = row_length
     while left:
-        lengths.append(min(left, max(2, int(rng.lognormal(np.log(MEDIAN), SIGMA)))))
+        drawn = max(2, int(rng.lognormal(np.log(MEDIAN), SIGMA)))
+        lengths.append(min(left, drawn, longest or left))
         left -= lengths[-1]
     return np.array(lengths)
 
 
 def layout_of(lengths: np.ndarray, *, pattern: str) -> DocumentLayout:
-    """One row of these documents; with `anchor`, every document's first token is its anchor."""
+    """One row of these documents; with anchors, every document's first token is its anchor."""
     starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
     return make_layout(
         starts,
         batch_size=1,
         row_length=int(lengths.sum()),
         pattern=pattern,
-        anchor_placement=PLACEMENT.get(pattern, "none"),
+        anchor_placement=PATTERNS[pattern].placement("per_document"),
     )
 
 
+def pairs_of(lengths: np.ndarray, *, pattern: str) -> int:
+    """The (query, key) pairs that the pattern attends to in one row; the plain loop's are its documents'."""
+    pattern = {"plain_hf": "intra_doc"}.get(pattern, pattern)
+    placement = PATTERNS[pattern].placement("per_document")
+    return attended_pairs(lengths, pattern=pattern, anchor_placement=placement)
+
+
 def mask_share(lengths: np.ndarray, *, pattern: str) -> float:
-    """The pattern's (query, key) pairs over full causal attention's."""
-    placement = PLACEMENT.get(pattern, "none")
-    pairs = attended_pairs(lengths, pattern=pattern, anchor_placement=placement)
-    return pairs / attended_pairs(lengths, pattern="full", anchor_placement="none")
+    """The pattern's pairs over full causal attention's."""
+    return pairs_of(lengths, pattern=pattern) / pairs_of(lengths, pattern="full")
 
 
 # --- measuring ------------------------------------------------------------------------------------
+
+
+def kernels_here(device: torch.device, dtype: torch.dtype, *, head_dim: int) -> list[str]:
+    """The flash engine's kernels that run here, the fastest first; prints why the others do not."""
+    found = []
+    for name, kernel in KERNELS.items():
+        reason = kernel.unavailable(device, dtype, head_dim)
+        if reason is None:
+            found.append(name)
+        else:
+            print(f"{name} is left out: {reason}", flush=True)
+    return found
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -130,6 +160,35 @@ def restart_peak(device: torch.device) -> int:
     return peak_memory_bytes(device)
 
 
+def most_held(work: Callable[[], object]) -> int:
+    """The most bytes that tensors made by `work` held at once on the CPU, in all threads.
+
+    PyTorch's allocator reports each piece that it hands out or takes back to the profiler; what was there
+    before does not count.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    pieces, events = [], list(profile.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events.extend(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            pieces.append(
+                (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
+            )
+    sizes: dict[int, int] = {}
+    held = most = 0
+    for _, address, size in sorted(pieces):
+        if size > 0:
+            sizes[address] = size
+            held += size
+        else:
+            held -= sizes.pop(address, 0)
+        most = max(most, held)
+    return most
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of one large matrix product, the best of ten."""
     size = 8192 if device.type == "cuda" else 2048
@@ -140,6 +199,79 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 # --- the report -----------------------------------------------------------------------------------
 
 
+class Report:
+    """The results of one benchmark: each is printed, and kept in a file, the moment it is measured.
+
+    A GPU may be there for minutes only: what was measured before a process is stopped must not be lost. The
+    file has one JSON line per result, complete by itself; `collect.py` puts them into the table.
+    """
+
+    def __init__(
+        self, benchmark: str, *, case: tuple[str, ...], device: torch.device, keep: Path | None
+    ):
+        """
+        Args:
+            case: the keys of a result that say what was measured. A later result of the same case, from more
+                repeats or another day, takes the place of an earlier one.
+            keep: the file to append to; None only prints.
+        """
+        self.benchmark, self.case, self.device, self.keep = benchmark, case, device, keep
+        self._results: dict[tuple, dict] = {}
+
+    @property
+    def results(self) -> list[dict]:
+        return list(self._results.values())
+
+    def add(self, result: dict) -> None:
+        """A result, its case and what was measured in one flat dictionary."""
+        self._results[tuple(result[key] for key in self.case)] = result
+        figures = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in result.items()}
+        told = ", ".join(f"{key} {value}" for key, value in figures.items() if value is not None)
+        print(f"{self.benchmark}: {told}", flush=True)
+        if self.keep is not None:
+            line = heading(self.benchmark, self.device) | {"case": self.case, "result": result}
+            with self.keep.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    def end(self, *, ceiling: dict) -> None:
+        """Print the last line."""
+        print_json(self.benchmark, device=self.device, ceiling=ceiling, results=self.results)
+
+
+def heading(benchmark: str, device: torch.device) -> dict:
+    """What a result needs beside it to mean something."""
+    return {
+        "benchmark": benchmark,
+        "hardware": hardware(device),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": git_commit(),
+        "versions": versions(),
+        "command": command(),
+    }
+
+
+def git_commit() -> str | None:
+    """Of this checkout; None without git or outside a checkout."""
+    if shutil.which("git") is None:
+        return None
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return asked.stdout.strip() or None
+
+
+def command() -> str:
+    """What was typed to start this process, without the file that keeps the results."""
+    words = ["python", *sys.argv]
+    if "--keep" in words:
+        at = words.index("--keep")
+        del words[at : at + 2]
+    return shlex.join(words)
+
+
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -148,14 +280,17 @@ def hardware(device: torch.device) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)}"
 
 
 def versions() -> dict[str, str]:
     """Python's and those of the packages that are installed."""
-    installed = [name for name in PACKAGES if util.find_spec(name.replace("-", "_"))]
-    found = {name: metadata.version(name) for name in installed}
-    return {"python": platform.python_version()} | found
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def print_table(columns: dict[str, list]) -> None:
@@ -170,14 +305,7 @@ def print_json(
     benchmark: str, *, device: torch.device, ceiling: dict, results: list[dict], **more
 ) -> None:
     """The last line."""
-    line = {
-        "benchmark": benchmark,
-        "hardware": hardware(device),
-        "versions": versions(),
-        "command": shlex.join(["python", *sys.argv]),
-        "ceiling": ceiling,
-        "results": results,
-    }
+    line = heading(benchmark, device) | {"ceiling": ceiling, "results": results}
     print(json.dumps(line | more), flush=True)
 
 

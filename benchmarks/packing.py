@@ -25,7 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from anchor_context.data.documents import token_ids
 from anchor_context.data.loader import collate
-from anchor_context.data.packing import PreparedRows, prepare_rows
+from anchor_context.data.options import DataOptions
+from anchor_context.data.prepare import prepare_rows
+from anchor_context.data.rows import PreparedRows
 from anchor_context.demo import standard_library_texts, train_tokenizer
 
 REPEATS = 3
@@ -101,10 +103,9 @@ def measure(
         run += 1  # a fresh cache: nothing is reused
         return prepare_rows(
             str(data),
-            data_format=data_format,
+            DataOptions(data_format=data_format, seq_length=row_length),
             tokenizer=tokenizer,
             vocab_size=len(tokenizer),
-            row_length=row_length,
             anchor_placement="per_document",
             cache_dir=folder / f"cache{run}",
         )

@@ -2,6 +2,7 @@
 
     python benchmarks/paper.py                        # CPU: ten minutes of one core
     python benchmarks/paper.py --size gpu --seeds 0 1 # one GPU
+    python benchmarks/paper.py --size real            # a real model, in minutes: see paper_real.py
 
 Per seed, a small LLaMA is trained from random weights on short rows, in float32, every document as if it
 stood alone (`intra_doc_reset`), as all are evaluated; so only `full` meets something new in the extension.
@@ -38,33 +39,28 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import hardware, mask_share, matmul_rate, print_json, print_table, seconds  # isort: skip
+from common import hardware, mask_share, matmul_rate, print_json, print_table  # isort: skip
 import torch
 from matplotlib.figure import Figure
 from paper_data import TASK, Data, DataSize, make_data
+from paper_train import COLOURS, PRECISIONS, Variant, mean_by
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from anchor_context.attention.patterns import PATTERNS, find_anchor_id
 from anchor_context.data.loader import make_loader
-from anchor_context.data.packing import find_anchor_id
 from anchor_context.data.rows import PreparedRows
-from anchor_context.engine import make_engine
-from anchor_context.evaluation.perplexity import perplexity_rows, token_losses
-from anchor_context.evaluation.prompts import Prompt
-from anchor_context.evaluation.retrieval import answer_prompts, greedy
-from anchor_context.loss import CausalLMWithLoss
-from anchor_context.models import set_attention
-from anchor_context.packed import layout_of_starts
+from anchor_context.evaluate.generation import greedy
+from anchor_context.evaluate.perplexity import perplexity_rows, token_losses
+from anchor_context.evaluate.prompts import Prompt
+from anchor_context.evaluate.retrieval import answer_prompts
 from anchor_context.rope.scaling import apply_rope_settings
 
-PATTERNS = ("full", "intra_doc", "intra_doc_reset", "anchor")
 MEASURES = ("needle", "needle_nats", "perplexity")
-PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}
 THETA = 10_000.0
 GUESSING_NATS = math.log(9 * 10 ** (TASK.digits - 1))
 """The cost of a number of which only the digits' count is known."""
@@ -137,10 +133,23 @@ SIZES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     on_cuda = torch.cuda.is_available()
-    parser.add_argument("--size", choices=SIZES, default="gpu" if on_cuda else "cpu")
+    sizes = [*SIZES, "real"]
+    parser.add_argument("--size", choices=sizes, default="gpu" if on_cuda else "cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--plot", type=Path, help="PNG; default: benchmarks/results/paper_SIZE.png")
+    real = parser.add_argument_group("--size real (paper_real.py), with the first seed")
+    real.add_argument("--minutes", type=float, default=10, help="of this call; another goes on")
+    real.add_argument("--out", type=Path, default=Path("output/paper_real"), help="what is kept")
+    model = "the folder of another model to extend; default: SmolLM2, on the CPU a small LLaMA"
+    real.add_argument("--model", type=Path, help=model)
+    texts = 'JSON lines {"text": …}; default: long documents that the machine has'
+    real.add_argument("--texts", type=Path, help=texts)
     flags = parser.parse_args()
+    if flags.size == "real":
+        import paper_real  # which takes its small start from here
+
+        paper_real.run(flags, torch.device("cuda" if on_cuda else "cpu"))
+        return
     plot = flags.plot or Path(__file__).parent / "results" / f"paper_{flags.size}.png"
     device, size = torch.device("cuda" if on_cuda else "cpu"), SIZES[flags.size]
     transformers_logging.set_verbosity_error()
@@ -173,90 +182,30 @@ def main() -> None:
 # --- training -------------------------------------------------------------------------------------
 
 
-class Variant:
-    """One pattern in one precision: a model and its optimiser, `step(batch)` and `evaluated()`."""
+def variant_of(
+    pattern: str,
+    precision: str,
+    config: LlamaConfig,
+    start: dict[str, Tensor] | None,
+    *,
+    device: torch.device,
+    rate: float,
+    steps: int,
+) -> Variant:
+    """`start`: float32 weights, or None for random ones from torch's generator."""
+    model = LlamaForCausalLM._from_config(config, dtype=PRECISIONS[precision]).to(device)
 
-    def __init__(
-        self,
-        pattern: str,
-        precision: str,
-        config: LlamaConfig,
-        start: dict[str, Tensor] | None,
-        *,
-        device: torch.device,
-        rate: float,
-        steps: int,
-    ):
-        """`start`: float32 weights, or None for random ones from torch's generator."""
-        self.pattern, self.precision, self.rate, self.steps = pattern, precision, rate, steps
-        dtype = PRECISIONS[precision]
-        # Built in its type, not cast: a cast would round RoPE's frequencies too.
-        self.model = LlamaForCausalLM._from_config(config, dtype=dtype).to(device).train()
-        if start is not None:
-            self.model.load_state_dict(start)
-        assert self.model.model.rotary_emb.inv_freq.dtype == torch.float32
-        # The flash kernels of CUDA take no float32.
-        name = "flex" if device.type == "cuda" and dtype == torch.float32 else "flash"
-        engine = make_engine(name, device=device, dtype=dtype)
-        set_attention(self.model, engine.attend)
-        self.engine = f"{engine.name}, {engine.kernel}"
-        self.loss = CausalLMWithLoss(self.model, fused=False)
-        self.weights = list(self.model.parameters())
-        # The unrounded start, not the model's rounded copy of it.
-        self.masters = [
-            (p.detach() if start is None else start[name].to(device)).float().clone()
-            for name, p in self.model.named_parameters()
-        ]
-        self.optimizer = torch.optim.AdamW(
-            self.masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0
-        )
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
+    def rate_after(done: int) -> float:
+        share = (done + 0.5) / steps
+        return rate * min(share / 0.1, 1.0, (1 - share) / 0.2)
 
-    def step(self, batch: dict) -> None:
-        inputs = inputs_of(batch, self.pattern, self.masters[0].device)
-        self.seconds.append(seconds(lambda: self._step(inputs), self.masters[0].device))
-
-    def _step(self, inputs: dict) -> None:
-        loss_sum, targets = self.loss(**inputs)
-        loss = loss_sum / targets
-        loss.backward()
-        for master, weight in zip(self.masters, self.weights, strict=True):
-            master.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        done = (len(self.losses) + 0.5) / self.steps
-        self.optimizer.param_groups[0]["lr"] = self.rate * min(done / 0.1, 1.0, (1 - done) / 0.2)
-        self.optimizer.step()
-        with torch.no_grad():
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                weight.copy_(master)
-        self.losses.append(loss.item())
-
-    def evaluated(self) -> LlamaForCausalLM:
-        """The model with PyTorch's own causal attention."""
-        self.model.set_attn_implementation("sdpa")
-        return self.model.eval()
+    return Variant(pattern, precision, model, start, rate=rate_after)
 
 
-def inputs_of(batch: dict, pattern: str, device: torch.device) -> dict:
-    """The model's arguments: tokens and labels of the batch, positions and mask of the pattern."""
-    starts = batch["layout"].cu_seqlens[:-1].numpy()
-    layout = layout_of_starts(
-        starts,
-        like=batch["input_ids"],
-        pattern=pattern,
-        anchor_placement="per_document" if pattern == "anchor" else "none",
-    ).to(device)
-    return {
-        "input_ids": batch["input_ids"].to(device),
-        "labels": batch["labels"].to(device),
-        "position_ids": layout.position_ids,
-        "layout": layout,
-    }
-
-
-def train(variants: list[Variant], rows: PreparedRows, *, tokens: int, seed: int) -> None:
-    """Every variant takes all its steps, one after the other."""
+def train(
+    variants: list[Variant], rows: PreparedRows, *, steps: int, tokens: int, seed: int
+) -> None:
+    """Every variant takes so many steps, one after the other."""
     loader = make_loader(
         rows,
         pattern="anchor",
@@ -266,34 +215,24 @@ def train(variants: list[Variant], rows: PreparedRows, *, tokens: int, seed: int
         data_rank=0,
         data_degree=1,
     )
-    for step, batch in zip(range(variants[0].steps), loader, strict=False):
+    for step, batch in zip(range(steps), loader, strict=False):
         # In a new order each time: who meets a batch's shapes first may pay for kernels that all others use.
         for variant in random.Random(f"{seed} {step}").sample(variants, len(variants)):
-            variant.step(batch)
+            variant.step([batch])
 
 
 def run_seed(seed: int, data: Data, size: Size, device: torch.device) -> dict[tuple, dict]:
     """{(pattern, precision): what was measured}, `start` among the patterns."""
-    torch.manual_seed(seed)
+    first = short_phase(seed, data, size, device)
     config = model_config(size, data.tokenizer)
-    first = Variant(
-        "intra_doc_reset",
-        "float32",
-        config,
-        None,
-        device=device,
-        rate=size.short_rate,
-        steps=size.short_steps,
-    )
-    train([first], data.short, tokens=size.step_tokens, seed=seed)
     start = {name: weight.detach().clone() for name, weight in first.model.state_dict().items()}
     print(f"seed {seed}: short rows done, loss {first.losses[-1]:.3f}", flush=True)
 
     variants = extended(config, start, size, device)
-    train(variants, data.long, tokens=size.step_tokens, seed=seed)
-    found = {("start", "float32"): evaluate(first.evaluated(), data, size)}
+    train(variants, data.long, steps=size.long_steps, tokens=size.step_tokens, seed=seed)
+    found = {("start", "float32"): evaluate(first, data, size)}
     for variant in variants:
-        measured = evaluate(variant.evaluated(), data, size)
+        measured = evaluate(variant, data, size)
         # The first steps warm up kernels and allocators.
         measured["seconds"] = variant.seconds[2:] or variant.seconds
         measured |= {"losses": variant.losses, "engine": variant.engine}
@@ -305,6 +244,22 @@ def run_seed(seed: int, data: Data, size: Size, device: torch.device) -> dict[tu
             flush=True,
         )
     return found
+
+
+def short_phase(seed: int, data: Data, size: Size, device: torch.device) -> Variant:
+    """A model that was trained from random weights on the short rows."""
+    torch.manual_seed(seed)
+    first = variant_of(
+        "intra_doc_reset",
+        "float32",
+        model_config(size, data.tokenizer),
+        None,
+        device=device,
+        rate=size.short_rate,
+        steps=size.short_steps,
+    )
+    train([first], data.short, steps=size.short_steps, tokens=size.step_tokens, seed=seed)
+    return first
 
 
 def model_config(size: Size, tokenizer) -> LlamaConfig:
@@ -333,7 +288,7 @@ def extended(
         config, row_length=size.data.long, rope_theta=THETA * size.data.long / size.data.short
     )
     return [
-        Variant(
+        variant_of(
             pattern,
             precision,
             config,
@@ -350,16 +305,17 @@ def extended(
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(model: LlamaForCausalLM, data: Data, size: Size) -> dict[str, dict]:
+def evaluate(variant: Variant, data: Data, size: Size) -> dict[str, dict]:
     """{measure: {length or positions: value}}."""
-    answers = answer_prompts(
-        greedy(model, pad_id=find_anchor_id(data.tokenizer)),
-        data.prompts,
-        data.tokenizer,
-        batch_size=size.prompts_at_a_time,
-    )
-    nats = answer_nats(model, data.prompts, data.tokenizer)
-    losses = [token_losses(model, document) for document in data.held_out]
+    with variant.evaluated() as model:
+        answers = answer_prompts(
+            greedy(model, pad_id=find_anchor_id(data.tokenizer)),
+            data.prompts,
+            data.tokenizer,
+            batch_size=size.prompts_at_a_time,
+        )
+        nats = answer_nats(model, data.prompts, data.tokenizer)
+        losses = [token_losses(model, document) for document in data.held_out]
     return {
         "needle": mean_by((a.length, float(a.correct)) for a in answers),
         "needle_nats": mean_by(zip((p.length for p in data.prompts), nats, strict=True)),
@@ -379,13 +335,6 @@ def answer_nats(model: LlamaForCausalLM, prompts: list[Prompt], tokenizer) -> li
         losses = token_losses(model, torch.tensor(prompt.token_ids + answer))
         nats.append(losses[-len(answer) :].sum().item())
     return nats
-
-
-def mean_by(pairs: Iterable[tuple]) -> dict:
-    values: dict = {}
-    for key, value in pairs:
-        values.setdefault(key, []).append(value)
-    return {key: statistics.fmean(of_key) for key, of_key in values.items()}
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -493,10 +442,10 @@ def picture(results: list[dict], size: Size, *, title: str) -> Figure:
         "perplexity": ("perplexity", "position of the predicted token (tokens)"),
     }
     figure = Figure(figsize=(14, 8.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches: labels clear of the next panel
     rows = f"from rows of {size.data.short:,} to {size.data.long:,} tokens"
     figure.suptitle(f"{rows}; mean ± standard deviation of {title}")
     axes_rows = figure.subplots(len(PRECISIONS), len(panels), sharey="col")
-    colours = dict(zip(("start", *PATTERNS), ("grey", "C3", "C1", "C2", "C0"), strict=True))
     for precision, axes_row in zip(PRECISIONS, axes_rows, strict=True):
         for (measure, (ylabel, xlabel)), axes in zip(panels.items(), axes_row, strict=True):
             lines = [r for r in results if r["pattern"] == "start" or r["precision"] == precision]
@@ -509,7 +458,7 @@ def picture(results: list[dict], size: Size, *, title: str) -> Figure:
                     [value["mean"] for value in values],
                     yerr=[value["spread"] or 0.0 for value in values],
                     label=result["pattern"].replace("start", "before the extension (float32)"),
-                    color=colours[result["pattern"]],
+                    color=COLOURS[result["pattern"]],
                     linestyle="--" if result["pattern"] == "start" else "-",
                     marker="o",
                     markersize=4,

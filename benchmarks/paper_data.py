@@ -24,12 +24,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anchor_context.data.packing import PreparedRows, find_anchor_id, prepare_rows
+from anchor_context.attention.patterns import find_anchor_id
+from anchor_context.data.documents import token_ids
+from anchor_context.data.options import DataOptions
+from anchor_context.data.prepare import prepare_rows
+from anchor_context.data.rows import PreparedRows
 from anchor_context.demo import standard_library_texts, train_tokenizer
-from anchor_context.evaluation.prompts import (
+from anchor_context.evaluate.prompts import (
     TASKS,
     Haystack,
     Prompt,
+    Task,
     make_prompts,
     passkey_sentences,
     varied_sentences,
@@ -95,23 +100,27 @@ def make_data(size: DataSize, folder: Path) -> Data:
         path = folder / f"documents-{row_length}.jsonl"
         with path.open("w") as stream:
             stream.writelines(json.dumps({"text": text}) + "\n" for text in documents)
-        return prepare_rows(
-            str(path),
-            data_format="raw_json",
-            tokenizer=tokenizer,
-            vocab_size=len(tokenizer),
-            row_length=row_length,
-            anchor_placement="per_document",
-            strategy="best_fit",  # a question stays with what it asks for
-            cache_dir=folder,
-        )
+        # best_fit: a question stays with what it asks for
+        return rows_of(path, DataOptions(seq_length=row_length, packing="best_fit"), tokenizer)
 
     return Data(
         tokenizer=tokenizer,
         short=rows(size.short, seed=2),
         long=rows(size.long, seed=3),
         held_out=held_out_documents(texts[::HELD_OUT], tokenizer, size),
-        prompts=all_prompts(tokenizer, size),
+        prompts=prompts_of(TASK, tokenizer, size, longest=size.long),
+    )
+
+
+def rows_of(documents: Path, options: DataOptions, tokenizer) -> PreparedRows:
+    """A file of documents as rows with an anchor per document, prepared once, beside the file."""
+    return prepare_rows(
+        str(documents),
+        options,
+        tokenizer=tokenizer,
+        vocab_size=len(tokenizer),
+        anchor_placement="per_document",
+        cache_dir=documents.parent,
     )
 
 
@@ -171,21 +180,27 @@ def held_out_documents(texts: list[str], tokenizer, size: DataSize) -> list[Tens
     """The beginnings of the texts that fill a long row."""
     anchor, documents = find_anchor_id(tokenizer), []
     for text in texts:
-        token_ids = tokenizer(text, add_special_tokens=False)["input_ids"][: size.long - 1]
-        if len(token_ids) == size.long - 1:
-            documents.append(torch.tensor([anchor, *token_ids]))
+        beginning = token_ids(tokenizer, [text])[0][: size.long - 1]
+        if len(beginning) == size.long - 1:
+            documents.append(torch.tensor([anchor, *beginning]))
     assert len(documents) > 1, f"no held-out file fills {size.long} tokens"
     return documents[: size.held_out_documents]
 
 
-def all_prompts(tokenizer, size: DataSize) -> list[Prompt]:
-    """Of every length, the same for every seed, pattern and precision."""
-    haystack = Haystack(varied_sentences(0), tokenizer, length=size.long)
+def prompts_of(task: Task, tokenizer, size, *, longest: int) -> list[Prompt]:
+    """Of every length, the same for every seed, pattern and precision.
+
+    Args:
+        size: has the prompts' `lengths`, `depths` and `trials`.
+        longest: tokens of the text that they hide in.
+    """
+    fillers = {"needle": varied_sentences(0), "passkey": passkey_sentences()}
+    haystack = Haystack(fillers[task.name], tokenizer, length=longest)
     return [
         prompt
         for length in size.lengths
         for prompt in make_prompts(
-            TASK,
+            task,
             haystack,
             tokenizer,
             anchor_id=find_anchor_id(tokenizer),

@@ -1,7 +1,7 @@
 """Sequence parallelism measured: bytes, balance and step time per layout.
 
     python benchmarks/sequence_parallel.py                 # under a minute on two cores
-    python benchmarks/sequence_parallel.py --rows 240      # more rows on paper: README's table
+    python benchmarks/sequence_parallel.py --rows 240      # the table of parallel/README.md
     python benchmarks/sequence_parallel.py --step_row_length 16384 --steps 3
 
 Two parts. *On paper*, for rows of log-normal documents and for one row-long document: what each placement
@@ -28,24 +28,17 @@ Ulysses sends its four all-to-alls, forward.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import shlex
 import socket
 import statistics
-import sys
 import time
-from importlib import metadata
 from itertools import pairwise
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from common import print_json, print_table  # first of ours: it makes the others importable
 
 from anchor_context.attention.patterns import make_layout
 from anchor_context.engine import make_engine
@@ -55,19 +48,17 @@ from anchor_context.parallel.plan import (
     RowPlan,
     contiguous_plan,
     cut_row,
+    local_tokens,
     plan_row,
     zigzag_plan,
 )
-from anchor_context.parallel.schedule import local_tokens, make_schedule
+from anchor_context.parallel.schedule import make_schedule
 from anchor_context.parallel.shard import shard_batch
 from anchor_context.parallel.ulysses import kv_repeats
 
 PAPER_BYTES_PER_TOKEN = 2 * 8 * 128 * 2  # keys and values, heads, head size, bfloat16
-ROW_KINDS = (
-    (1339, 1.0),
-    (1339, 1.4),
-    (None, None),
-)  # median and sigma of documents; None: one document
+ROW_KINDS = ((1339, 1.0), (1339, 1.4), (None, None))
+"""Median and sigma of the documents; None: one document."""
 SIZES = ((131072, 8), (32768, 4))  # row length, ring ranks
 LAYOUTS = {  # really run: name -> (ring degree, Ulysses degree)
     "one rank": (1, 1),
@@ -100,8 +91,17 @@ def main() -> None:
             results += on_paper(row_length, ranks, median, sigma, flags)
     if flags.steps:
         results += really_run(flags)
-    print_table(results)
-    print(json.dumps(report(results)))
+    print_table(table(results))
+    print_json(
+        "sequence_parallel",
+        device=torch.device("cpu"),
+        ceiling={
+            "imbalance": 1.0,
+            "sent_bytes": "minimum_bytes",
+            "blocks_per_rank": BLOCKS_PER_RANK,
+        },
+        results=results,
+    )
 
 
 # --- on paper -------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def attend_steps(rank: int, world: int, name: str, boundaries: np.ndarray, flags
         dist.barrier()
         start = time.perf_counter()
         out = engine.attend(q, k, v, layout, scale=flags.head_dim**-0.5)
-        forward = engine.account.take()
+        forward = engine.traffic.take()
         sent = {kind: forward.get(kind, {"sent": 0})["sent"] for kind in ("ring_kv", "ulysses")}
         out.sum().backward()
         seconds.append(time.perf_counter() - start)
@@ -303,39 +303,27 @@ def result(*, sent: float, plain: float, minimum: float, **columns) -> dict:
     }
 
 
-def print_table(results: list[dict]) -> None:
-    print(
-        f"{'layout':13} {'ranks':>5} {'row':>7} {'median':>6} {'sigma':>5} {'imbalance':>9} "
-        f"{'sent MiB':>9} {'of plain':>8} {'minimum':>8} {'plan ms':>8} {'step ms':>8}"
-    )
-    for one in results:
+def table(results: list[dict]) -> dict[str, list[str]]:
+    """The columns for people."""
+
+    def of_plain(one: dict, key: str) -> str:
         plain = one["plain_ring_bytes"]
-        share, least = (
-            f"{one[key] / plain:.3f}" if plain else "-" for key in ("sent_bytes", "minimum_bytes")
-        )
-        step = "-" if one["step_s"] is None else f"{one['step_s'] * 1e3:.1f}"
-        print(
-            f"{one['layout']:13} {one['ranks']:5} {one['row_length']:7} {one['median'] or '-':>6} "
-            f"{one['sigma'] or '-':>5} {one['imbalance']:9.3f} {one['sent_bytes'] / 2**20:9.2f} "
-            f"{share:>8} {least:>8} {one['plan_s'] * 1e3:8.2f} {step:>8}"
-        )
+        return f"{one[key] / plain:.3f}" if plain else "-"
 
-
-def report(results: list[dict]) -> dict:
     return {
-        "benchmark": "sequence_parallel",
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, gloo on one machine",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "yunchang")},
-        },
-        "command": shlex.join(["python", *sys.argv]),
-        "ceiling": {
-            "imbalance": 1.0,
-            "sent_bytes": "minimum_bytes",
-            "blocks_per_rank": BLOCKS_PER_RANK,
-        },
-        "results": results,
+        "layout": [one["layout"] for one in results],
+        "ranks": [one["ranks"] for one in results],
+        "row": [one["row_length"] for one in results],
+        "median": [one["median"] or "-" for one in results],
+        "sigma": [one["sigma"] or "-" for one in results],
+        "imbalance": [f"{one['imbalance']:.3f}" for one in results],
+        "sent MiB": [f"{one['sent_bytes'] / 2**20:.2f}" for one in results],
+        "of plain": [of_plain(one, "sent_bytes") for one in results],
+        "minimum": [of_plain(one, "minimum_bytes") for one in results],
+        "plan ms": [f"{one['plan_s'] * 1e3:.2f}" for one in results],
+        "step ms": [
+            "-" if one["step_s"] is None else f"{one['step_s'] * 1e3:.1f}" for one in results
+        ],
     }
 
 

@@ -1,38 +1,55 @@
-"""Step time and peak memory of a training step: anchor against full against a plain Hugging Face loop.
+"""Step time, rate and peak memory of a training step: patterns, kernels and plans side by side.
 
-    python benchmarks/train_step.py                          # the default for this machine
-    python benchmarks/train_step.py --row_length 4096 --repeats 1
+    python benchmarks/train_step.py                                  # the default for this machine
+    python benchmarks/train_step.py --row_length 4096 --repeats 1 --cases auto:anchor auto:full
 
-Same model, rows and type for all variants (`steps.py` says what each computes). Without a GPU: a LLaMA of 8
-layers, hidden size 256, vocabulary 32,768, float32, rows of 16,384 tokens. With one: LLaMA-3.2-1B's
-sizes, bfloat16, rows of 131,072 tokens. Documents are log-normal (median 1,339 tokens, sigma 1.0); every
-repeat has another row, on which all variants take a step, one after the other, so that whatever else the
-machine does meets them alike. `step_s` is the median. `peak_bytes` is of a step on the first row in a
-process of its own: on the CPU the whole process's resident memory, on CUDA what tensors held. A
-variant that does not fit has null.
+Same model, rows and type for all cases. A case is PLAN:PATTERN (`steps.py` has the plans), or plain_hf; each
+runs with every kernel that runs here. Without a GPU: a LLaMA of 8 layers, hidden size 256, vocabulary
+32,768, float32, rows of 16,384 tokens. With one: LLaMA-3.2-1B's sizes, bfloat16, rows of 131,072 tokens.
+Documents are log-normal (median 1,339 tokens, sigma 1.0); every repeat has another row, on which all cases
+of a plan take a step, one after the other, so that whatever else the machine does meets them alike.
 
-The ceiling is the mask's share for attention alone: the attention part of a step with `anchor` can take no
-less than that share of `full`'s.
+`step_s` is the median, and `mfu` counts the pattern's own work against the data sheet (null off the GPU).
+`peak_bytes` is, on CUDA, the most that tensors held over the steps, and on the CPU, where a process's peak is
+of its whole life, the resident memory of one that takes a step on the first row. A case that does not fit has
+null. The ceiling is the mask's share for attention alone: the attention part of a step with `anchor` can take
+no less than that share of `full`'s.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
+import time
+from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 
+import numpy as np
 import torch
 from common import (
+    Report,
     document_lengths,
     gibibytes,
     in_fresh_process,
+    kernels_here,
     mask_share,
     matmul_rate,
-    print_json,
+    pairs_of,
     print_table,
+    restart_peak,
     seconds,
 )
-from steps import ONE_BILLION, SMALL, VARIANTS, Step, peak_of_step
+from steps import ONE_BILLION, PLANS, SMALL, Shape, Step, peak_of_step
+
+from anchor_context.run.device import peak_flops, peak_memory_bytes
+from anchor_context.run.work import ModelWork
+
+CASE = ("variant", "plan", "kernel", "row_length")
+ON_CUDA = ("micro_batches:anchor", "checkpointed:anchor", "checkpointed:full", "tiled:anchor")
+ON_CPU = ("auto:anchor", "auto:full", "plain_hf")
 
 
 def main() -> None:
@@ -40,80 +57,143 @@ def main() -> None:
     on_cuda = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row_length", type=int, default=131_072 if on_cuda else 16_384)
-    parser.add_argument("--repeats", type=int, default=5 if on_cuda else 3, help="rows, timed")
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--repeats", type=int, default=2 if on_cuda else 3, help="rows, timed")
+    choices = [f"{plan}:{pattern}" for plan in ("auto", *PLANS) for pattern in ("anchor", "full")]
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=ON_CUDA if on_cuda else ON_CPU,
+        choices=[*choices, "plain_hf"],
+        metavar="PLAN:PATTERN",
+        help=f"of the plans auto, {', '.join(PLANS)}, or plain_hf",
+    )
+    parser.add_argument(
+        "--at_most_seconds", type=float, default=3600, help="start no step after so long"
+    )
+    parser.add_argument("--keep", type=Path, help="append every result to this file at once")
     flags = parser.parse_args()
+    deadline = time.monotonic() + flags.at_most_seconds
     shape, dtype = (ONE_BILLION, torch.bfloat16) if on_cuda else (SMALL, torch.float32)
     rows = [document_lengths(flags.row_length, seed=seed) for seed in range(flags.repeats)]
 
-    peaks = {
-        variant: in_fresh_process(peak_of_step, variant, shape, device, dtype, rows[0])
-        for variant in flags.variants
-    }
-    timed = [variant for variant in flags.variants if peaks[variant] is not None]
-    times = time_steps(timed, shape, device, dtype, rows)
-    results = []
-    for variant in flags.variants:
-        step_s = statistics.median(times[variant]) if variant in times else None
-        results.append(
-            {
-                "variant": variant,
-                "row_length": flags.row_length,
-                "step_s": step_s,
-                "tokens_per_second": flags.row_length / step_s if step_s else None,
-                "peak_bytes": peaks[variant],
-            }
-        )
+    report = Report("train_step", case=CASE, device=device, keep=flags.keep)
+    kernels = kernels_here(device, dtype, head_dim=shape.head_dim)
+    for plan, cases in groupby(flags.cases, key=lambda case: case.partition(":")[0]):
+        patterns = [case.partition(":")[2] or case for case in cases]
+        case = (plan, shape, device, dtype)
+        names = ["sdpa"] if plan == "plain_hf" else kernels
+        for result in measure(*case, patterns, names, rows, deadline=deadline):
+            report.add(result)
+        gc.collect()  # the plan's model, before the next one's
+        if on_cuda:
+            torch.cuda.empty_cache()
     share = statistics.median(mask_share(row, pattern="anchor") for row in rows)
-    show(results, times, share)
-    ceiling = {
-        "anchor_mask_share": share,
-        "documents": [len(row) for row in rows],
-        "matmul_flops_per_second": matmul_rate(device, dtype),
-    }
-    print_json("train_step", device=device, ceiling=ceiling, results=results)
+    show(report.results)
+    print(f"the mask of anchor has {share:.3f} of full's pairs (median row)")
+    report.end(
+        ceiling={
+            "anchor_mask_share": share,
+            "documents": [len(row) for row in rows],
+            "matmul_flops_per_second": matmul_rate(device, dtype),
+        }
+    )
 
 
-def time_steps(variants, shape, device, dtype, rows) -> dict[str, list[float]]:
-    """{variant: seconds per row}, the variants taking turns."""
-    row_length = int(rows[0].sum())
-    steps = {
-        variant: Step(variant, shape, device=device, dtype=dtype, row_length=row_length)
-        for variant in variants
-    }
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
-    for step in steps.values():
-        # Kernels, the allocator and the optimiser's states: on a GPU a whole step, else a short one.
-        step(rows[0] if device.type == "cuda" else document_lengths(1024, seed=0))
-    for row in rows:
-        for variant, step in steps.items():
-            times[variant].append(seconds(partial(step, row), device))
-    return times
+def measure(
+    plan: str,
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    patterns: list[str],
+    kernels: list[str],
+    rows: list[np.ndarray],
+    *,
+    deadline: float,
+) -> Iterator[dict]:
+    """After every row, a result for each kernel and pattern: the medians so far."""
+    on_cuda = device.type == "cuda"
+    step = Step(plan, shape, device=device, dtype=dtype, row_length=int(rows[0].sum()))
+    work = ModelWork.of(step.model)
+    promised = peak_flops(device)
+    times: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[tuple[str, str], int | None] = {}
+    for repeat, row in enumerate(rows):
+        for kernel in kernels:
+            if not step.plain:
+                step.use_kernel(kernel)
+            if repeat == 0:
+                # Kernels, the allocator and the optimiser's states: on a GPU a whole step, of the cheapest
+                # pattern, else a short one.
+                warm_up = row if on_cuda else document_lengths(1024, seed=0)
+                fits(partial(step, warm_up, "anchor"), step, device)
+            for pattern in patterns:
+                if time.monotonic() > deadline:
+                    print(f"no time is left for {plan}:{pattern} with {kernel}", flush=True)
+                    continue
+                case = (kernel, pattern)
+                before = peaks.get(case) or 0
+                if on_cuda:
+                    restart_peak(device)
+                taken = fits(partial(step, row, pattern), step, device)
+                if taken is not None:
+                    times.setdefault(case, []).append(taken)
+                    if on_cuda:
+                        peaks[case] = max(before, peak_memory_bytes(device))
+                if not on_cuda and repeat == 0:
+                    same = (pattern, shape, device, dtype, row)
+                    peaks[case] = in_fresh_process(peak_of_step, *same, plan)
+                step_s = statistics.median(times[case]) if case in times else None
+                flops = statistics.median(
+                    work.flops(tokens=int(r.sum()), pairs=pairs_of(r, pattern=pattern))
+                    for r in rows[: repeat + 1]
+                )
+                yield {
+                    "variant": pattern,
+                    "plan": step.told,
+                    "kernel": kernel,
+                    "row_length": int(row.sum()),
+                    "repeats": repeat + 1,
+                    "step_s": step_s,
+                    "tokens_per_second": int(row.sum()) / step_s if step_s else None,
+                    "mfu": flops / (promised * step_s) if step_s and promised else None,
+                    "peak_bytes": peaks.get(case),
+                }
 
 
-def show(results: list[dict], times: dict[str, list[float]], share: float) -> None:
-    by_name = {one["variant"]: one for one in results}
+def fits(work, step: Step, device: torch.device) -> float | None:
+    """Seconds that `work` takes; None where the GPU's memory is not enough."""
+    try:
+        return seconds(work, device)
+    except torch.OutOfMemoryError:
+        step.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return None
 
-    def of(name: str, key: str, one: dict) -> str:
-        whole = by_name.get(name, {}).get(key)
-        return f"{one[key] / whole:.3f}" if whole and one[key] else "-"
 
+def show(results: list[dict]) -> None:
+    def of(key: str, one: dict, **other: str) -> str:
+        """The figure over that of the case which differs in `other` alone; the plain loop is one for all."""
+        wanted = {"plan": one["plan"], "kernel": one["kernel"]} | other
+        whole = [r[key] for r in results if all(r[k] == v for k, v in wanted.items())]
+        return f"{one[key] / whole[0]:.3f}" if whole and whole[0] and one[key] else "-"
+
+    plain = {"plan": "plain_hf", "kernel": "sdpa"}
     print_table(
         {
             "variant": [one["variant"] for one in results],
+            "plan": [one["plan"] for one in results],
+            "kernel": [one["kernel"] for one in results],
             "row": [f"{one['row_length']:,}" for one in results],
             "step s": [f"{one['step_s']:.2f}" if one["step_s"] else "-" for one in results],
-            "of full's": [of("full", "step_s", one) for one in results],
+            "of full's": [of("step_s", one, variant="full") for one in results],
             "tokens/s": [
                 f"{one['tokens_per_second']:,.0f}" if one["step_s"] else "-" for one in results
             ],
+            "MFU": [f"{one['mfu']:.1%}" if one["mfu"] else "-" for one in results],
             "peak GiB": [gibibytes(one["peak_bytes"]) for one in results],
-            "of plain's": [of("plain_hf", "peak_bytes", one) for one in results],
+            "of plain's": [of("peak_bytes", one, **plain) for one in results],
         }
     )
-    for variant, taken in times.items():
-        print(f"{variant}: " + ", ".join(f"{t:.2f}" for t in taken) + " s")
-    print(f"the mask of anchor has {share:.3f} of full's pairs (median row)")
 
 
 if __name__ == "__main__":
