@@ -1,14 +1,16 @@
 """Which Hugging Face decoder families train with AnchorAttention: run, not read.
 
-    python tests/model_coverage.py            the README's table, in Markdown
+    python tests/model_coverage.py            the table of integrations/README.md, in Markdown
     python tests/model_coverage.py mistral    one family, with the reason in full
 
 Each family is a tiny random model in float64. Its document tokens' logits under each engine must equal
 the unpatched model's own dense attention with the pattern's mask and positions given outright, and
 those of a row of one document, with the pattern "full", the unpatched model's as it is; a changed token
 must change nothing in other documents and nothing before it; a changed anchor must change every
-document. Families that know a sliding window are run a second time with one that hides something. Costs
-about fifteen seconds of one core for all of them.
+document. Two ranks that share the row, by a ring or by Ulysses (threads in one process), must find the
+same. Families that know a sliding window are run once more with one that hides something. "train.py" is
+its own check of a model, and its loss beside that of the unpatched model's logits. Costs about half a
+minute of one core for all of them.
 """
 
 from __future__ import annotations
@@ -23,9 +25,21 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import train
+from anchor_context.attention import flex
+from anchor_context.attention.kernels import KERNELS
 from anchor_context.attention.patterns import make_layout, mask_predicate
+from anchor_context.integrations.calls import layer_windows, softcap_of
+from anchor_context.integrations.models import set_attention
+from anchor_context.integrations.trainers import patch_model
 from anchor_context.layout import DocumentLayout
-from anchor_context.plug import patch_model
+from anchor_context.loss import CausalLMWithLoss, tiled_loss
+from anchor_context.parallel.groups import RankGrid, make_grid
+from anchor_context.parallel.ring import ring
+from anchor_context.parallel.shard import shard_batch
+from anchor_context.parallel.traffic import Traffic
+from anchor_context.parallel.ulysses import ulysses
+from tests.ring_in_threads import Network
 
 FAMILIES = {
     "llama": "LLaMA 2, 3; SmolLM, SmolLM2; Yi",
@@ -36,6 +50,7 @@ FAMILIES = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text)",
+    "vaultgemma": "VaultGemma",
     "phi": "Phi-1.5, Phi-2",
     "phi3": "Phi-3, Phi-4",
     "olmo": "OLMo",
@@ -88,8 +103,6 @@ FAMILIES = {
 
 REFUSED = {
     "doge": "attention_mask",
-    "gemma2": "attn_logit_softcapping",
-    "gpt_oss": "attention sinks",
     "llama4_text": "chunked_attention",
     "qwen3_next": "linear_attention",
     "lfm2": "conv",
@@ -108,6 +121,10 @@ LENGTHS = (17, 9, 14)
 """Tokens of the documents, their anchors included."""
 ANCHOR, VOCABULARY, WINDOW = 1, 64, 8
 ENGINES = {"flash": "per_document", "flex": "shared"}
+SHARED = {"ring": "per_document", "ulysses": "shared"}
+"""Ways of two ranks to share a row. Ulysses goes around any engine, here flex."""
+ON_CUDA = "CUDA"
+"""In place of a yes: what no kernel of the CPU computes, and kernels of CUDA do (capped scores)."""
 
 # Applied where a family's configuration has the name.
 TINY = {
@@ -166,8 +183,12 @@ class Result:
     """What came out for one family."""
 
     name: str
-    passed: dict[str, bool] = field(default_factory=dict)
-    """Engine, or "window" -> whether everything held."""
+    passed: dict[str, bool | str] = field(default_factory=dict)
+    """Engine, way to share a row, or "train.py" -> whether everything held, or `ON_CUDA`."""
+    windows: dict[str, bool] | None = None
+    """Engine, or way to share a row -> whether it honours a sliding window; None if the family knows none."""
+    sinks: bool = False
+    """Whether its attention has sinks."""
     reason: str = ""
 
 
@@ -235,7 +256,7 @@ def dense_logits(model: PreTrainedModel, tokens: Tensor, layout: DocumentLayout)
         visible = mask_predicate(layout, sliding_window=window)(
             zero, zero, index[:, None], index[None, :]
         )
-        return visible[None, None]
+        return torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[None, None].double()
 
     window = getattr(model.config, "sliding_window", None)
     kinds = set(getattr(model.config, "layer_types", None) or [])
@@ -285,6 +306,63 @@ def check(model_type: str, engine: str, *, window: int) -> str:
     return ""
 
 
+def check_shared(model_type: str, way: str, *, window: int) -> str:
+    """The same for two ranks that share the row."""
+    tokens, layout = row(SHARED[way])
+    expected = dense_logits(tiny_model(model_type, window=window), tokens, layout)
+    model = tiny_model(model_type, window=window)
+    batch = {"input_ids": tokens, "labels": torch.arange(tokens.shape[1])[None]}
+    batch |= {"position_ids": layout.position_ids, "layout": layout}
+
+    def attend(*inputs, **settings):
+        if way == "ring":
+            return ring(KERNELS["torch_cpu"], None, Traffic())(*inputs, **settings)
+        return ulysses(flex.make_attend(), None, Traffic())(*inputs, **settings)
+
+    def of_rank(rank: int) -> tuple[Tensor, Tensor]:
+        degrees = {"ring_degree": 1, "ulysses_degree": 1} | {f"{way}_degree": 2}
+        grid = make_grid(rank=rank, world_size=2, **degrees)
+        mine = shard_batch(batch, grid=grid, windows=layer_windows(model.config))
+        inputs = {key: mine[key] for key in ("position_ids", "layout")}
+        return mine["labels"][0], _logits(model, mine["input_ids"], **inputs)
+
+    set_attention(model, attend)
+    logits = torch.empty_like(expected)
+    for places, part in Network(ranks=2).run(of_rank):
+        logits[places] = part
+    if reason := _difference(logits, expected):
+        return f"two ranks differ from the dense reference by {reason}"
+    return ""
+
+
+def check_training(model_type: str) -> str:
+    """What `train.py` says of the model, and whether its loss is that of the model's own logits."""
+    tokens, _ = row("shared")
+    own = tiny_model(model_type, window=4096)
+    expected = torch.nn.functional.cross_entropy(_logits(own, tokens), tokens[0], reduction="sum")
+    flags = train.Flags(model_name_or_path=model_type, seq_length=64, attn_engine="flex")
+    train.check_model(own.config, flags, RankGrid())
+    train.apply_rope_settings(own.config, row_length=flags.seq_length)
+    set_attention(own, flex.make_attend())
+    layout = make_layout(
+        torch.tensor([0]).numpy(),
+        batch_size=1,
+        row_length=tokens.shape[1],
+        pattern="full",
+        anchor_placement="none",
+    )
+    with torch.no_grad():
+        loss, _ = CausalLMWithLoss(own, tiled_loss)(
+            input_ids=tokens, labels=tokens, position_ids=layout.position_ids, layout=layout
+        )
+    error = abs(loss.item() / expected.item() - 1)
+    return (
+        ""
+        if error < 1e-5
+        else f"the loss differs from that of the model's own logits by {error:.1e}"
+    )
+
+
 def _difference(logits: Tensor, expected: Tensor) -> str:
     """How far they are apart, if they are."""
     error = (logits - expected).abs().max().item()
@@ -298,36 +376,72 @@ def _changed(model: PreTrainedModel, tokens: Tensor, layout: DocumentLayout, pla
 
 
 def cover(model_type: str) -> Result:
-    """Run one family with every engine, and with its sliding window if it has one."""
+    """Run one family with every engine and way to share a row, and with its sliding window if it has one."""
     result = Result(FAMILIES[model_type])
-    runs = [(engine, engine, 4096) for engine in ENGINES]
-    if knows_windows(AutoConfig.for_model(model_type)):
-        runs.append(("window", "flex", WINDOW))
-    for label, engine, window in runs:
+    config = AutoConfig.for_model(model_type)
+
+    def held(run, *arguments, **settings) -> tuple[bool | str, str]:
         try:
-            reason = check(model_type, engine, window=window)
+            reason = run(*arguments, **settings)
         except Exception as error:  # whatever a family raises is its reason in the table
             reason = f"{type(error).__name__}: {error}"
-        result.passed[label] = not reason
+        if "does not cap scores" in reason and softcap_of(config) and _some_kernel_caps():
+            return ON_CUDA, ""
+        return not reason, reason
+
+    runs = {engine: (check, engine) for engine in ENGINES}
+    runs |= {way: (check_shared, way) for way in SHARED}
+    for label, (run, way) in runs.items():
+        result.passed[label], reason = held(run, model_type, way, window=4096)
         result.reason = result.reason or reason
+    result.passed["train.py"], reason = held(check_training, model_type)
+    result.reason = result.reason or reason
+    if knows_windows(config):
+        result.windows = {
+            label: held(run, model_type, way, window=WINDOW)[0] is True
+            for label, (run, way) in runs.items()
+        }
+    if result.passed["flex"]:
+        names = (name for name, _ in tiny_model(model_type, window=4096).named_parameters())
+        result.sinks = any(name.endswith("sinks") for name in names)
     return result
 
 
-def table(results: dict[str, Result]) -> str:
-    """The README's table: families that pass, then those that do not, with the reason."""
+def _some_kernel_caps() -> bool:
+    return any(kernel.no_softcap() is None for kernel in KERNELS.values())
 
-    def mark(result: Result, label: str) -> str:
-        return {True: "yes", False: "no", None: "–"}[result.passed.get(label)]
+
+COLUMNS = {
+    "flash": "flash",
+    "flex": "flex",
+    "ring": "ring",
+    "ulysses": "Ulysses",
+    "train.py": "`train.py`",
+}
+
+
+def table(results: dict[str, Result]) -> str:
+    """The table of integrations/README.md: families that pass, then those that do not, with the reason."""
+
+    def mark(held: bool | str) -> str:
+        return held if isinstance(held, str) else "yes" if held else "no"
+
+    def window(result: Result) -> str:
+        if result.windows is None:
+            return "–"
+        honour = [COLUMNS[label] for label, held in result.windows.items() if held]
+        return "yes" if len(honour) == len(result.windows) else ", ".join(honour) or "no"
 
     lines = [
-        "| family | `model_type` | flash | flex | sliding window (flex) | reason |",
-        "|---|---|---|---|---|---|",
+        f"| family | `model_type` | {' | '.join(COLUMNS.values())} | sliding window | sinks | reason |",
+        f"|{'---|' * (len(COLUMNS) + 5)}",
     ]
     ordered = sorted(results.items(), key=lambda item: not all(item[1].passed.values()))
     for model_type, result in ordered:
-        marks = " | ".join(mark(result, label) for label in ("flash", "flex", "window"))
+        marks = [mark(result.passed[label]) for label in COLUMNS]
+        marks += [window(result), "yes" if result.sinks else "–"]
         reason = short_reason(result.reason, model_type)
-        lines.append(f"| {result.name} | `{model_type}` | {marks} | {reason} |")
+        lines.append(f"| {result.name} | `{model_type}` | {' | '.join(marks)} | {reason} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A whole ring in one process: a thread per rank, mailboxes for the network, one device for all.
+"""A whole ring, or Ulysses, in one process: a thread per rank, mailboxes for the network, one device for all.
 
 What crosses ranks and what each computes is the real code; only `torch.distributed` is played. So the ring's
 kernel calls (rectangles, not only causal spans) can be held to the reference on one GPU, or on a CPU.
@@ -7,8 +7,9 @@ kernel calls (rectangles, not only causal spans) can be held to the reference on
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from queue import Queue
 from types import SimpleNamespace
 
@@ -16,21 +17,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from yunchang.comm import all_to_all
 
 from anchor_context.attention import flash, reference
 from anchor_context.attention.kernels import Kernel
-from anchor_context.attention.patterns import make_layout
+from anchor_context.attention.kernels.sinks import gradient_of_sinks
+from anchor_context.attention.patterns import PATTERNS, make_layout
 from anchor_context.layout import DocumentLayout
-from anchor_context.parallel import ring
-from anchor_context.parallel.account import CommAccount
+from anchor_context.parallel import ring, ulysses
 from anchor_context.parallel.groups import make_grid
-from anchor_context.parallel.schedule import local_tokens, plan_rows
+from anchor_context.parallel.plan import local_tokens, plan_rows
 from anchor_context.parallel.shard import shard_batch
+from anchor_context.parallel.traffic import Traffic
 
 ROW = 384
 LAYOUTS = {
     "one": [[384]],
-    "four": [[1, 130, 53, 200]],
+    "four": [[1, 128, 55, 200]],
     "across every edge by one": [[97, 96, 96, 95]],  # rectangles of a single query
     "batch": [[384], [2] * 192],
 }
@@ -40,13 +43,16 @@ SECONDS = 60
 
 
 class Network:
-    """`torch.distributed`'s part that the ring uses. Messages between two ranks arrive in order."""
+    """`torch.distributed`'s part that ring and Ulysses use. Messages between two ranks arrive in order."""
 
     isend, irecv = "isend", "irecv"
 
     def __init__(self, ranks: int):
         self.ranks, self.own = ranks, threading.local()
-        self.mailboxes: dict[tuple[int, int], Queue] = defaultdict(Queue)
+        # All of them now: two threads that made one at the same time would have two.
+        self.mailboxes = {pair: Queue() for pair in product(range(ranks), repeat=2)}
+        self.crossed: set[tuple[int, int]] = set()
+        """The pairs of ranks of which one sent to the other."""
 
     def get_rank(self, group) -> int:
         return self.own.rank
@@ -66,9 +72,28 @@ class Network:
     def batch_isend_irecv(self, operations: list[tuple]) -> list:
         return [self._post(*operation) for operation in operations]
 
+    def all_to_all_single(self, output: Tensor, tensor: Tensor, group=None) -> None:
+        for peer in range(self.ranks):
+            self._post(self.isend, tensor[peer], peer)
+        for peer in range(self.ranks):
+            self._post(self.irecv, output[peer], peer).wait()
+
+    def run(self, of_rank: Callable[[int], object]) -> list:
+        """`[of_rank(rank)]` of every rank, each in a thread of its own."""
+
+        def on_own_thread(rank: int):
+            self.own.rank = rank
+            return of_rank(rank)
+
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(self.ranks) as pool:
+            for module in (ring, ulysses, all_to_all):
+                patch.setattr(module, "dist", self)
+            return list(pool.map(on_own_thread, range(self.ranks)))
+
     def _post(self, operation: str, tensor: Tensor, peer: int):
         if operation == self.isend:
             self.mailboxes[self.own.rank, peer].put(tensor.clone())
+            self.crossed.add((self.own.rank, peer))
             return SimpleNamespace(wait=lambda: None)
         mailbox = self.mailboxes[peer, self.own.rank]
         return SimpleNamespace(wait=lambda: tensor.copy_(mailbox.get(timeout=SECONDS)))
@@ -82,14 +107,25 @@ def layout_of(name: str, *, pattern: str) -> DocumentLayout:
         batch_size=len(rows),
         row_length=ROW,
         pattern=pattern,
-        anchor_placement="per_document" if pattern == "anchor" else "none",
+        anchor_placement=PATTERNS[pattern].placement("per_document"),
     )
 
 
 def errors_of_ring(
-    layout: DocumentLayout, kernel: Kernel, *, ranks: int, device: torch.device, dtype: torch.dtype
+    layout: DocumentLayout,
+    kernel: Kernel,
+    *,
+    ranks: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> dict[str, float]:
-    """{out, dq, dk, dv: relative error} of a ring of `ranks`, against the dense float64 reference."""
+    """{out, dq, dk, dv: error} of a ring of `ranks`, against the dense float64 reference, relative to it
+    (where it is 0, as are dq and dk if a query sees itself alone: to dv).
+
+    With `sinks` (4,), dsinks as well, which is the sum over ranks.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tensor(heads: int) -> Tensor:
@@ -99,12 +135,15 @@ def errors_of_ring(
     whole = [tensor(4), tensor(2), tensor(2)]  # grouped heads
     grad = tensor(4)
     wide = [x.double().requires_grad_() for x in whole]
-    out = reference.attend(*wide, layout.to(device), scale=0.125)
+    logits = None if sinks is None else sinks.double().to(device).requires_grad_()
+    seen = {"sliding_window": window, "sinks": logits}
+    out = reference.attend(*wide, layout.to(device), scale=0.125, **seen)
     out.backward(grad.double())
     expected = [out.detach(), *(x.grad for x in wide)]
 
-    network = Network(ranks)
-    plans = plan_rows(layout, ranks=ranks)
+    network, of_sinks = Network(ranks), []
+    windows = (window, None)  # as of a model whose layers differ
+    plans = plan_rows(layout, ranks=ranks, windows=windows)
     places = [
         torch.from_numpy(local_tokens(plans, rank=rank)).to(device)[:, None, :, None]
         for rank in range(ranks)
@@ -113,7 +152,6 @@ def errors_of_ring(
     batch = {"input_ids": empty, "labels": empty, "position_ids": empty, "layout": layout}
 
     def of_rank(rank: int) -> list[Tensor]:
-        network.own.rank = rank
         grid = make_grid(rank=rank, world_size=ranks, ring_degree=ranks, ulysses_degree=1)
 
         def here(x: Tensor) -> Tensor:
@@ -121,25 +159,28 @@ def errors_of_ring(
             return flash.flatten_rows(x.gather(2, places[rank].expand(-1, x.shape[1], -1, 64)))
 
         mine = [here(x) for x in whole]
-        own = shard_batch(batch, grid=grid)["layout"].to(device)
+        own = shard_batch(batch, grid=grid, windows=windows)["layout"].to(device)
+        schedule = own.schedule_of(window)
         # Not through autograd, whose one thread per GPU would serve the ranks one after the other.
-        settings = {"kernel": kernel, "group": None, "account": CommAccount(), "scale": 0.125}
-        out, lse, received = ring.ring_forward(*mine, own.schedule, **settings)
-        gradients = ring.ring_backward(
-            here(grad), *mine, out, lse, received, own.schedule, **settings
-        )
+        settings = {"kernel": kernel, "group": None, "traffic": Traffic(), "scale": 0.125}
+        own_sinks = None if sinks is None else sinks.to(device, dtype)
+        out, lse, received = ring.ring_forward(*mine, schedule, own_sinks, **settings)
+        gradients = ring.ring_backward(here(grad), *mine, out, lse, received, schedule, **settings)
+        if sinks is not None:
+            of_sinks.append(gradient_of_sinks(here(grad), out, lse, own_sinks))
         return [x.unflatten(0, (layout.batch_size, -1)) for x in (out, *gradients)]
 
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(ranks) as pool:
-        patch.setattr(ring, "dist", network)
-        found = list(pool.map(of_rank, range(ranks)))
-
-    assert network.mailboxes, "nothing crossed ranks"
+    found = network.run(of_rank)
+    assert network.crossed or window == 1, "nothing crossed ranks"
     errors = {}
     for number, name in enumerate(("out", "dq", "dk", "dv")):
         together = torch.zeros_like(expected[number])
         for place, parts in zip(places, found, strict=True):
             part = parts[number].double().transpose(1, 2)
             together.scatter_(2, place.expand_as(part), part)
-        errors[name] = ((together - expected[number]).norm() / expected[number].norm()).item()
+        size = expected[number].norm() or expected[-1].norm()
+        errors[name] = ((together - expected[number]).norm() / size).item()
+    if sinks is not None:
+        together = torch.stack(of_sinks).double().sum(0)
+        errors["dsinks"] = ((together - logits.grad).norm() / logits.grad.norm()).item()
     return errors

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from anchor_context.attention.patterns import make_layout
+from anchor_context.attention import patterns
+from anchor_context.attention.patterns import layout_of_units, make_layout
 from anchor_context.layout import IGNORE_INDEX, DocumentLayout
 
 ROW = 240
@@ -25,22 +26,33 @@ def document_lengths(kind: str) -> list[int]:
         return [edge - 1, 1, 1, edge - 1, edge - 1, 1, edge]
     if kind == "primes":
         return [13, 101, 3, 31, 61, 7, 5, 19]
+    if kind == "units":
+        return [50, 31, 2, 77, 53, 27]
     raise AssertionError(kind)
 
 
 KINDS = ("one", "many", "ends_at_edge", "one_token_at_edge", "primes")
-PATTERNS = (
-    ("anchor", "per_document"),
-    ("full", "none"),
-    ("intra_doc", "none"),
-    ("intra_doc_reset", "none"),
+PATTERNS = tuple(
+    (name, pattern.placement("per_document")) for name, pattern in patterns.PATTERNS.items()
 )
 
 
+UNITS = ("units",)
+"""No row, but a micro-batch of the documents of three rows end to end."""
+
+
 def layout_of(kinds: tuple[str, ...], *, pattern: str, placement: str) -> DocumentLayout:
-    """A layout of one row per kind."""
+    """A layout of one row per kind, or of `UNITS`."""
     lengths = np.concatenate([document_lengths(kind) for kind in kinds])
     assert lengths.sum() == ROW * len(kinds)
+    if kinds == UNITS:
+        return layout_of_units(
+            lengths,
+            np.arange(ROW),
+            pattern=pattern,
+            anchor_placement=placement,
+            rows=np.array([0, 0, 0, 1, 1, 2]),
+        )
     starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
     return make_layout(
         starts, batch_size=len(kinds), row_length=ROW, pattern=pattern, anchor_placement=placement

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from ranks import Traffic, run_ranks
-from rows import KINDS, PATTERNS, ROW, layout_of
+from rows import KINDS, PATTERNS, ROW, UNITS, layout_of
 
 from anchor_context.attention import reference
 from anchor_context.engine import make_engine
@@ -18,8 +18,15 @@ from anchor_context.parallel.groups import make_grid, make_groups
 from anchor_context.parallel.shard import shard_batch
 
 HEAD_DIM = 16
-ROWS = [(kind,) for kind in KINDS] + [("primes", "one"), ("many", "one_token_at_edge")]
-CASES = [(rows, pattern) for pattern in PATTERNS for rows in ROWS]
+ROWS = [*((kind,) for kind in KINDS), ("primes", "one"), ("many", "one_token_at_edge"), UNITS]
+CASES = [(rows, pattern, None) for pattern in PATTERNS for rows in ROWS]
+WINDOW = 37
+WINDOWED = [  # what a window leaves of a document lies on several ranks
+    (rows, pattern, WINDOW)
+    for pattern in PATTERNS
+    if pattern[0] in ("anchor", "intra_doc")
+    for rows in (("one",), ("primes", "one"), UNITS)
+]
 LAYOUTS = {  # name -> ranks, ring degree, Ulysses degree, heads, key/value heads
     "ring 2": (2, 2, 1, 4, 2),
     "ring 4": (4, 4, 1, 4, 1),
@@ -28,6 +35,10 @@ LAYOUTS = {  # name -> ranks, ring degree, Ulysses degree, heads, key/value head
     "Ulysses 2": (2, 1, 2, 4, 2),
     "Ulysses 4, two key/value heads": (4, 1, 4, 4, 2),
     "flex, Ulysses 2": (2, 1, 2, 4, 2),
+    "Ulysses 2, sinks": (2, 1, 2, 4, 2),
+    "flex, Ulysses 2, sinks": (2, 1, 2, 4, 2),
+    "ring 2, sinks": (2, 2, 1, 4, 2),
+    "hybrid 2 x 2, sinks": (4, 2, 2, 4, 2),
     "one rank, bfloat16": (1, 1, 1, 4, 2),
     "ring 4, bfloat16": (4, 4, 1, 4, 2),
     "hybrid 2 x 2, bfloat16": (4, 2, 2, 4, 2),
@@ -40,6 +51,11 @@ def engine_of(name: str) -> str:
 
 def dtype_of(name: str) -> torch.dtype:
     return torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+
+
+def sinks_of(name: str, heads: int) -> torch.Tensor | None:
+    """(heads,) float32 logits, other ones for each head."""
+    return torch.linspace(-1, 3, heads) if name.endswith("sinks") else None
 
 
 FLOAT32 = [name for name in LAYOUTS if dtype_of(name) == torch.float32]
@@ -72,28 +88,33 @@ def on_ranks(rank: int, world: int) -> dict:
             ring_group=ring_group,
             ulysses_group=ulysses_group,
         )
-        for rows, (pattern, placement) in CASES:
+        for rows, (pattern, placement), window in CASES + WINDOWED:
             placement = placement_of(name, (pattern, placement))
             layout = layout_of(rows, pattern=pattern, placement=placement)
             index = torch.arange(ROW).expand(len(rows), -1)
             whole = {"input_ids": index, "labels": index, "position_ids": index, "layout": layout}
-            batch = shard_batch(whole, grid=grid)
+            batch = shard_batch(whole, grid=grid, windows=(None, WINDOW))
             mine = batch["input_ids"]  # the row indices of this rank's tokens
             tensors = [
                 torch.take_along_dim(x, mine[:, None, :, None], dim=2).to(dtype_of(name))
                 for x in full_tensors(len(rows), heads, kv_heads)
             ]
             q, k, v = (x.requires_grad_() for x in tensors[:3])
-            engine.account.take()
+            engine.traffic.take()
+            leaves = [q, k, v]
+            if (sinks := sinks_of(name, heads)) is not None:
+                leaves.append(sinks.requires_grad_())
             with Traffic() as forward:
-                out = engine.attend(q, k, v, batch["layout"], scale=0.3)
+                out = engine.attend(
+                    q, k, v, batch["layout"], scale=0.3, sliding_window=window, sinks=sinks
+                )
             with Traffic() as backward:
                 out.backward(tensors[3])
-            schedule = getattr(batch["layout"], "schedule", None)
-            found[name, rows, pattern] = {
+            schedule = batch["layout"].schedule_of(window) if ring_degree > 1 else None
+            found[name, rows, pattern, window] = {
                 "tokens": mine,
-                "tensors": [x.detach() for x in (out, q.grad, k.grad, v.grad)],
-                "account": engine.account.take(),
+                "tensors": [out.detach(), *(x.grad for x in leaves)],
+                "account": engine.traffic.take(),
                 "traffic": (forward.bytes, backward.bytes),
                 "predicted": None
                 if schedule is None
@@ -112,13 +133,17 @@ def expected():
     """The dense reference in float64, once for each case and number of heads."""
     results = {}
 
-    def compute(rows, pattern, placement, heads, kv_heads):
-        key = rows, pattern, placement, heads, kv_heads
+    def compute(name, rows, pattern, placement, window):
+        *_, heads, kv_heads = LAYOUTS[name]
+        sinks = sinks_of(name, heads)
+        key = rows, pattern, placement, window, heads, kv_heads, sinks is None
         if key not in results:
             layout = layout_of(rows, pattern=pattern, placement=placement)
             q, k, v, dout = (x.double() for x in full_tensors(len(rows), heads, kv_heads))
-            leaves = [x.requires_grad_() for x in (q, k, v)]
-            out = reference.attend(*leaves, layout, scale=0.3)
+            leaves = [q, k, v] if sinks is None else [q, k, v, sinks.double()]
+            leaves = [x.requires_grad_() for x in leaves]
+            settings = {"sliding_window": window, "sinks": None if sinks is None else leaves[3]}
+            out = reference.attend(*leaves[:3], layout, scale=0.3, **settings)
             out.backward(dout)
             results[key] = [out.detach(), *(x.grad for x in leaves)]
         return results[key]
@@ -126,18 +151,27 @@ def expected():
     return compute
 
 
-def errors(found, expected, name, rows, pattern) -> list[list[float]]:
-    """Largest error of out, dq, dk and dv, as a share of the true tensor's largest entry: per data group."""
-    ranks, _, _, heads, kv_heads = LAYOUTS[name]
-    truth = expected(rows, pattern[0], placement_of(name, pattern), heads, kv_heads)
+def errors(found, expected, name, rows, pattern, window=None) -> list[list[float]]:
+    """Largest error of out, dq, dk and dv, as a share of the true tensor's largest entry: per data group.
+
+    And of the sinks' gradient, which is summed over ranks as that of every weight."""
+    ranks = LAYOUTS[name][0]
+    truth = expected(name, rows, pattern[0], placement_of(name, pattern), window)
     of_groups = []
     for first in range(0, 4, ranks):  # each data group computes the same rows here
-        parts = [found[rank][name, rows, pattern[0]] for rank in range(first, first + ranks)]
+        parts = [
+            found[rank][name, rows, pattern[0], window] for rank in range(first, first + ranks)
+        ]
         tokens = torch.cat([part["tokens"] for part in parts], dim=1)
         assert (tokens.sort(dim=1).values == torch.arange(ROW)).all(), "a token is lost or doubled"
         of_tensors = []
         for i, true in enumerate(truth):
-            together = torch.cat([part["tensors"][i].double() for part in parts], dim=2)
+            of_ranks = [part["tensors"][i].double() for part in parts]
+            if true.ndim == 1:
+                error = (torch.stack(of_ranks).sum(0) - true).abs().max()
+                of_tensors.append((error / true.abs().max()).item())
+                continue
+            together = torch.cat(of_ranks, dim=2)
             whole = torch.empty_like(true)
             whole.scatter_(2, tokens[:, None, :, None].expand_as(together), together)
             of_tensors.append(((whole - true).abs().max() / true.abs().max()).item())
@@ -153,6 +187,13 @@ def test_outputs_and_gradients_equal_the_reference(found, expected, name, rows, 
         assert max(of_group) < 1e-5
 
 
+@pytest.mark.parametrize(("rows", "pattern", "window"), WINDOWED)
+@pytest.mark.parametrize("name", FLOAT32)
+def test_outputs_and_gradients_through_a_window(found, expected, name, rows, pattern, window):
+    for of_group in errors(found, expected, name, rows, pattern, window):
+        assert max(of_group) < 1e-5
+
+
 @pytest.mark.parametrize("rows", ROWS, ids="+".join)
 @pytest.mark.parametrize("name", ["ring 4, bfloat16", "hybrid 2 x 2, bfloat16"])
 def test_bfloat16_rounds_little_more_than_on_one_rank(found, expected, name, rows):
@@ -163,14 +204,13 @@ def test_bfloat16_rounds_little_more_than_on_one_rank(found, expected, name, row
         assert all(our <= 3 * their for our, their in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("rows", ROWS, ids="+".join)
 @pytest.mark.parametrize("name", [name for name in FLOAT32 if LAYOUTS[name][1] > 1])
-def test_really_sent_bytes_are_the_predicted_ones(found, name, rows):
+def test_really_sent_bytes_are_the_predicted_ones(found, name):
     ranks, _, ulysses_degree, _, kv_heads = LAYOUTS[name]
     heads_here = max(1, kv_heads // ulysses_degree)
     per_token = 2 * heads_here * HEAD_DIM * 4  # keys and values, float32
-    for pattern, _ in PATTERNS:
-        parts = [found[rank][name, rows, pattern] for rank in range(ranks)]
+    for rows, (pattern, _), window in CASES + WINDOWED:
+        parts = [found[rank][name, rows, pattern, window] for rank in range(ranks)]
         for part in parts:
             sent, received, _ = part["predicted"]
             kv, grad = part["account"]["ring_kv"], part["account"]["ring_grad"]
@@ -194,9 +234,9 @@ def test_what_enters_torch_distributed_is_what_the_account_says(found, name):
     _, ring_degree, ulysses_degree, _, _ = LAYOUTS[name]
     nothing = {"sent": 0, "received": 0}
     kinds = Counter()
-    for rows, (pattern, _) in CASES:
+    for rows, (pattern, _), window in CASES + WINDOWED:
         for rank in range(4):
-            part = found[rank][name, rows, pattern]
+            part = found[rank][name, rows, pattern, window]
             forward, backward = part["traffic"]
             kv, grad, ulysses = (
                 part["account"].get(kind, nothing) for kind in ("ring_kv", "ring_grad", "ulysses")
@@ -214,13 +254,15 @@ def test_what_enters_torch_distributed_is_what_the_account_says(found, name):
 def test_one_document_makes_every_rank_send(found):
     """The cases are not vacuous: something crosses ranks, and no more than a plain ring's."""
     for name, ranks in (("ring 2", 2), ("ring 4", 4)):
-        _, _, total = found[0][name, ("one",), "anchor"]["predicted"]
+        _, _, total = found[0][name, ("one",), "anchor", None]["predicted"]
         assert 0 < total <= (ranks - 1) * ROW
+        _, _, through_window = found[0][name, ("one",), "anchor", WINDOW]["predicted"]
+        assert 0 < through_window < total
 
 
 def test_ulysses_bytes_by_hand(found):
     """Four ranks trade three quarters of q, k, v and out, there and back; the two heads become four."""
-    account = found[0]["Ulysses 4, two key/value heads", ("one",), "anchor"]["account"]
+    account = found[0]["Ulysses 4, two key/value heads", ("one",), "anchor", None]["account"]
     tensor = ROW // 4 * 4 * HEAD_DIM * 4
     assert account == {
         "ulysses": {"sent": 8 * tensor * 3 // 4, "received": 8 * tensor * 3 // 4, "exchanges": 8}

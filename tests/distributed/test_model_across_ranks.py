@@ -1,21 +1,31 @@
-"""A whole tiny LLaMA on a ring, under Ulysses and on data × sequence grids: loss and all gradients."""
+"""A whole tiny model on a ring, under Ulysses and on data × sequence grids: loss and all gradients."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from rows import KINDS, ROW, batch_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from anchor_context.engine import make_engine
-from anchor_context.loss import CausalLMWithLoss
-from anchor_context.models import set_attention
+from anchor_context.integrations.calls import layer_windows
+from anchor_context.integrations.models import set_attention
+from anchor_context.loss import CausalLMWithLoss, tiled_loss
 from anchor_context.parallel.groups import RankGrid, make_grid, make_groups
 from anchor_context.parallel.shard import shard_batch
+from anchor_context.rope.length import fix_frequencies
+from anchor_context.rope.scaling import apply_rope_settings
 
 LAYERS = 2
 
@@ -27,6 +37,9 @@ class Case:
     pattern: tuple[str, str] = ("anchor", "per_document")
     padding: int = 0
     checkpointing: bool = False
+    rope: str = "default"
+    window: int | None = None
+    """Of the first layer: the second sees everything."""
 
 
 LAYOUTS = {  # name -> (ring degree, Ulysses degree); the rest of four ranks is data parallel
@@ -35,6 +48,15 @@ LAYOUTS = {  # name -> (ring degree, Ulysses degree); the rest of four ranks is 
     "Ulysses 4": (1, 4),
     "data 2 x ring 2": (2, 1),
     "data 2 x Ulysses 2": (1, 2),
+}
+ROPE = {  # stretched beyond a third of the row
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": ROW // 3,
+    },
 }
 CASES = [
     *(Case(layout, (kind,) * 2) for layout in LAYOUTS for kind in KINDS),
@@ -45,24 +67,45 @@ CASES = [
     *(Case(layout, ("primes", "one"), padding=ROW) for layout in LAYOUTS),
     Case("ring 4", ("primes", "one"), checkpointing=True),
     Case("hybrid 2 x 2", ("primes", "one"), checkpointing=True),
+    # Frequencies that transformers takes from the positions of a call: ranks hold different ones.
+    *(Case(layout, ("primes", "one"), rope=r) for layout in ("ring 4", "Ulysses 4") for r in ROPE),
+    Case("Ulysses 4", ("primes",) * 2, ("intra_doc_reset", "none"), rope="longrope"),
+    *(Case(layout, ("primes", "one"), window=37) for layout in ("ring 4", "hybrid 2 x 2")),
 ]
 
 
-def tiny_model(checkpointing: bool) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def tiny_model(case: Case) -> PreTrainedModel:
+    make_config, make = LlamaConfig, LlamaForCausalLM
+    if case.window is not None:
+        make_config, make = partial(Qwen3Config, **windows(case.window)), Qwen3ForCausalLM
+    config = make_config(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=ROW,
+        max_position_embeddings=ROW if case.rope == "default" else ROW // 3,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4} | ROPE.get(case.rope, {}),
     )
+    apply_rope_settings(config, row_length=ROW)
+    fix_frequencies(config, row_length=ROW)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).train()
-    if checkpointing:
+    model = make(config).train()
+    if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def windows(window: int) -> dict:
+    """Of Qwen3's configuration, for layers that differ."""
+    kinds = ["sliding_attention", "full_attention"]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": window,
+        "layer_types": kinds,
+        "head_dim": 8,
+    }
 
 
 def loss_and_gradients(case: Case, batch: dict, grid: RankGrid, groups: tuple) -> dict:
@@ -75,16 +118,16 @@ def loss_and_gradients(case: Case, batch: dict, grid: RankGrid, groups: tuple) -
         ring_group=groups[0],
         ulysses_group=groups[1],
     )
-    model = tiny_model(case.checkpointing)
+    model = tiny_model(case)
     set_attention(model, engine.attend)
-    parallel = shard_batch(batch, grid=grid)
-    loss_sum, count = CausalLMWithLoss(model, fused=False)(**parallel)
+    parallel = shard_batch(batch, grid=grid, windows=layer_windows(model.config))
+    loss_sum, count = CausalLMWithLoss(model, tiled_loss)(**parallel)
     loss_sum.backward()
     return {
         "loss_sum": loss_sum.detach(),
         "count": count,
         "gradients": {name: p.grad for name, p in model.named_parameters()},
-        "account": engine.account.take(),
+        "account": engine.traffic.take(),
     }
 
 

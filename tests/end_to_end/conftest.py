@@ -42,14 +42,23 @@ def row_cache(tmp_path_factory) -> Path:
 def launch(tiny, row_cache):
     """launch(processes, output, *flags, **environment) -> the finished process, its output as text.
 
-    Flags behind the defaults win; `expect` is the exit code (None: any).
+    Flags behind the defaults win; `expect` is the exit code (None: any), `launcher` more of the
+    launcher's flags.
     """
 
-    def run(processes: int, output: Path, *flags: str, expect: int | None = 0, **environment: str):
+    def run(
+        processes: int,
+        output: Path,
+        *flags: str,
+        expect: int | None = 0,
+        launcher: tuple[str, ...] = (),
+        **environment: str,
+    ):
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", "accelerate_configs/cpu.yaml"),
             *("--num_processes", str(processes), "--main_process_port", str(free_port())),
+            *launcher,
             "train.py",
             *("--model_name_or_path", str(tiny.model), "--dataset", str(tiny.documents)),
             *("--seq-length", "256", "--learning-rate", "1e-3", "--mixed_precision", "no"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import metrics, same, started, weights
 
-from anchor_context.checkpoint import verify_checkpoint
+from anchor_context.run.checkpoint import verify_checkpoint
 
 HOOK = """\
     import os
@@ -22,10 +22,18 @@ HOOK = """\
         )
     if "RANK" in os.environ:
         from anchor_context.loss import CausalLMWithLoss
-        forward, calls = CausalLMWithLoss.forward, []
+        init, forward, calls = CausalLMWithLoss.__init__, CausalLMWithLoss.forward, []
+        parameters = []
+
+        def remembered(self, *args):
+            init(self, *args)
+            parameters.extend(self.parameters())  # asked for in a forward, ZeRO-3 would gather them
 
         def poisoned(self, *args, **kwargs):
             calls.append(1)
+            shards = [p.ds_tensor.double().sum().item() for p in parameters]
+            with open(__file__ + os.environ["RANK"], "a") as stream:
+                stream.write(repr(shards) + "\\n")  # before every forward
             loss, count = forward(self, *args, **kwargs)
             kind = {bad}.get((int(os.environ["RANK"]), len(calls)))
             if kind == "loss":  # its gradient is finite
@@ -34,7 +42,7 @@ HOOK = """\
                 loss.register_hook(lambda gradient: gradient * float("nan"))
             return loss, count
 
-        CausalLMWithLoss.forward = poisoned
+        CausalLMWithLoss.__init__, CausalLMWithLoss.forward = remembered, poisoned
 """
 
 
@@ -68,19 +76,27 @@ def test_bad_steps_are_skipped_on_all_ranks_and_counted(tiny, row_cache, poison,
     with started(tiny, 2, output, *flags, hooks=hooks) as run:
         printed = run.finish(0)
     assert {path.name for path in (output / "checkpoints").iterdir()} == {
+        "checkpoint_2_8",
         "checkpoint_5_20",
         "checkpoint_6_24",
-    }, "every step took longer by the main rank's clock, and the newest two are kept"
+    }, (
+        "every step took longer by the main rank's clock, none is saved of a bad one, two are kept beside "
+        "the one that no step has shown to be good"
+    )
     bad = bad_steps(output)
     assert [step["step"] for step in bad] == [3, 4]
     rows = [row for step in bad for row in step["rows"]]
     assert len(set(rows)) == 8, "the rows of both ranks and both micro-batches"
     assert "step 3 skipped" in printed and "step 4 skipped" in printed
 
-    # The weights lie in shards on both ranks: equal as a whole, equal on each.
-    models = [weights(output / f"step-{step}") for step in range(1, 7)]
-    moved = [not same(*pair) for pair in pairwise(models)]
-    assert moved == [True, False, False, True, True]
+    # The weights lie in shards on both ranks: each rank's stay, and what is saved has moved.
+    for rank in (0, 1):
+        shards = (hooks / f"sitecustomize.py{rank}").read_text().splitlines()[::2]
+        moved = [before != after for before, after in pairwise(shards)]
+        assert moved == [True, True, False, False, True]
+    assert not any((output / f"step-{step}").exists() for step in (3, 4)), "in a bad series"
+    models = [weights(output / f"step-{step}") for step in (1, 2, 5, 6)]
+    assert not any(same(*pair) for pair in pairwise(models))
     steps = metrics(output)
     assert [step["loss"] is None for step in steps] == [False, False, True, False, False, False]
     assert [step["grad_norm"] is None for step in steps] == [False, False, True, True, False, False]
@@ -93,22 +109,24 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(
     tiny, row_cache, poison, tmp_path
 ):
     output = tmp_path / "run"
-    flags = ("--max-train-steps", "9", "--max_bad_steps", "3", "--checkpoint_every", "2")
+    flags = ("--max-train-steps", "9", "--max_bad_steps", "3", "--checkpoint_every", "1")
     cache = ("--cache_dir", str(row_cache))
     hooks = poison({(1, n): "loss" for n in (2, 5, 6, 7)})
     with started(tiny, 2, output, *flags, *cache, hooks=hooks) as run:
         printed = run.finish(1)
     assert [step["step"] for step in bad_steps(output)] == [2, 5, 6, 7]
-    good = output / "checkpoints" / "checkpoint_6_12"  # its weights are step 4's
+    good = output / "checkpoints" / "checkpoint_3_6"
+    in_doubt = output / "checkpoints" / "checkpoint_4_8"  # only bad steps have followed it
     assert "3 steps in a row had no finite gradient" in printed
     assert f"the last good checkpoint is {good}" in printed
-    assert verify_checkpoint(good) == []
+    assert verify_checkpoint(good) == [] and verify_checkpoint(in_doubt) == []
     assert metrics(output)[-1]["step"] == 7 and (output / "loss.png").exists()
 
     # Its cause mended, it continues, and the record of the replayed step is the new one's.
     with started(tiny, 2, output, *flags, *cache, hooks=poison({(0, 2): "gradient"})) as run:
-        run.finish(0)
-    assert [step["step"] for step in bad_steps(output)] == [2, 5, 6, 8]
+        printed = run.finish(0)
+    assert f"resumed  {good}: 3 steps" in printed
+    assert [step["step"] for step in bad_steps(output)] == [2, 5]
     assert [step["step"] for step in metrics(output)] == list(range(1, 10))
 
 
@@ -116,7 +134,7 @@ FULL_DISK = """\
     import os, resource
     if "RANK" in os.environ:
         from anchor_context.loss import CausalLMWithLoss
-        from anchor_context.metrics import MetricsFile
+        from anchor_context.run.metrics import MetricsFile
         append, forward, calls = MetricsFile.append, CausalLMWithLoss.forward, []
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 

@@ -18,7 +18,7 @@ def test_a_debugger_attaches_to_rank_1_and_the_run_finishes(tiny, row_cache, tmp
         run.until(lambda: f"rank 1 waits for a debugger on localhost:{port}" in run.printed())
         client = DebugClient(port)
         thread = client.run_to(TRAIN, TRAIN.read_text().splitlines().index(LINE) + 1)
-        assert client.evaluate("(rank, world_size, step)", thread) == "(1, 2, 0)"
+        assert client.evaluate("(rank, world_size, progress.step)", thread) == "(1, 2, 0)"
         assert client.evaluate("step_loss.item() > 0", thread) == "True"
         assert run.steps() == 0
         client.go_on_and_leave(TRAIN, thread)

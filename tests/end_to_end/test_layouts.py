@@ -1,4 +1,5 @@
-"""One number, every layout: the same rows give the same losses, however they are spread over ranks."""
+"""One number, every layout: the same rows give the same losses, however they are spread over ranks and cut
+into micro-batches."""
 
 from __future__ import annotations
 
@@ -12,26 +13,34 @@ ROWS_PER_STEP = 4
 STEPS = ("--max-train-steps", "10")
 ULYSSES = ("--parallel_mode", "ulysses_attn")
 
+
+def at_most(tokens: int | str) -> tuple[str, str]:
+    return "--micro_batch_tokens", str(tokens)
+
+
 LAYOUTS = {  # name -> (processes, batch size, accumulation, further flags)
-    "batch 2 × 2": (1, 2, 2, ()),
-    "batch 4 × 1": (1, 4, 1, ()),
-    "2 data-parallel": (2, 1, 2, ()),
-    "2 Ulysses": (2, 1, 4, ULYSSES),
-    "4 Ulysses over 2 key/value heads": (4, 2, 2, ULYSSES),
+    "batch 2 × 2": (1, 2, 2, at_most("auto")),
+    "batch 4 × 1": (1, 4, 1, at_most("row")),
+    "2 data-parallel": (2, 1, 2, at_most(64)),
+    # A CPU's sums have one order anyway.
+    "2 data-parallel, whole rows": (2, 1, 2, (*at_most("row"), "--deterministic")),
+    "2 Ulysses": (2, 1, 4, (*ULYSSES, *at_most(300))),
+    "4 Ulysses over 2 key/value heads": (4, 2, 2, (*ULYSSES, *at_most(1000))),
     "flex on the same placement": (
         1,
         4,
         1,
-        ("--attn_engine", "flex", "--anchor_placement", "per_document"),
+        ("--attn_engine", "flex", "--anchor_placement", "per_document", *at_most(300)),
     ),
 }
 
 
 @pytest.fixture(scope="module")
 def one_process(launch, tmp_path_factory):
-    """The run that all others are compared with: one process, batch size 1, four micro-batches."""
+    """The run that all others are compared with: one process, whole rows, a row in a micro-batch."""
     output = tmp_path_factory.mktemp("runs") / "one"
-    finished = launch(1, output, *STEPS, "--batch-size", "1", "--gradient-accumulate-every", "4")
+    batch = ("--batch-size", "1", "--gradient-accumulate-every", "4", *at_most("row"))
+    finished = launch(1, output, *STEPS, *batch)
     return output, finished.stdout
 
 
@@ -59,10 +68,10 @@ OTHER_ROWS = {  # name -> flags of one process, to which flex under Ulysses is c
 
 @pytest.mark.parametrize("name", OTHER_ROWS)
 def test_other_patterns_and_placements_give_the_same_losses_on_two_ranks(name, launch, tmp_path):
-    """One process, by flash where it can, and flex under Ulysses."""
+    """One process, by flash where it can, on whole rows; and flex under Ulysses, on units."""
     flags = ("--max-train-steps", "4", *OTHER_ROWS[name])
-    launch(1, tmp_path / "1", *flags)
-    launch(2, tmp_path / "2", *flags, *FLEX, *ULYSSES)
+    launch(1, tmp_path / "1", *flags, *at_most("row"))
+    launch(2, tmp_path / "2", *flags, *FLEX, *ULYSSES, *at_most(100))
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == 4 and two == pytest.approx(one, rel=1e-5)
     record = json.loads((tmp_path / "2" / "args.json").read_text())

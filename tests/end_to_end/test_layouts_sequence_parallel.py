@@ -7,16 +7,17 @@ from runs import metrics
 from sequence_rows import KINDS, ROW, write_rows
 from transformers import AutoTokenizer
 
-from anchor_context.data.packing import prepare_rows
+from anchor_context.data.options import DataOptions
+from anchor_context.data.prepare import prepare_rows
 
 RING, ULYSSES = ("--parallel_mode", "ring_attn"), ("--parallel_mode", "ulysses_attn")
 HYBRID = ("--parallel_mode", "hybrid_attn", "--ring_degree", "2", "--ulysses_degree", "2")
-LAYOUTS = {  # name -> (processes, data degree, further flags)
-    "ring 2": (2, 1, RING),
-    "ring 4": (4, 1, RING),
-    "hybrid 2 x 2": (4, 1, HYBRID),
-    "data 2 x ring 2": (4, 2, (*RING, "--ring_degree", "2")),
-    "data 2 x Ulysses 2": (4, 2, (*ULYSSES, "--ulysses_degree", "2")),
+LAYOUTS = {  # name -> (processes, data degree, --micro_batch_tokens, further flags)
+    "ring 2": (2, 1, "100", RING),
+    "ring 4": (4, 1, "row", RING),
+    "hybrid 2 x 2": (4, 1, "64", HYBRID),
+    "data 2 x ring 2": (4, 2, "auto", (*RING, "--ring_degree", "2")),
+    "data 2 x Ulysses 2": (4, 2, "30", (*ULYSSES, "--ulysses_degree", "2")),
 }
 IN_THE_DEFAULT_SUITE = ("ring 2", "anchor"), ("hybrid 2 x 2", "anchor")
 ROWS_PER_STEP = 4
@@ -39,7 +40,8 @@ def one_process(launch, rows, tmp_path_factory):
     def run(pattern: str) -> list[dict]:
         if pattern not in runs:
             output = tmp_path_factory.mktemp("one") / pattern
-            launch(1, output, *rows, *flags_of(pattern, batch_size=1, accumulation=ROWS_PER_STEP))
+            flags = flags_of(pattern, batch_size=1, accumulation=ROWS_PER_STEP)
+            launch(1, output, *rows, *flags, "--micro_batch_tokens", "row")
             runs[pattern] = metrics(output)
         return runs[pattern]
 
@@ -64,8 +66,9 @@ def cases():
 def test_every_layout_gives_the_losses_of_one_process(
     name, pattern, launch, rows, one_process, tmp_path
 ):
-    processes, data_degree, flags = LAYOUTS[name]
+    processes, data_degree, tokens, flags = LAYOUTS[name]
     settings = flags_of(pattern, batch_size=2, accumulation=ROWS_PER_STEP // 2 // data_degree)
+    settings += ("--micro_batch_tokens", tokens)
     launch(processes, tmp_path / "run", *rows, *settings, *flags)
     expected, got = one_process(pattern), metrics(tmp_path / "run")
     assert len(got) == len(expected) == 10
@@ -84,10 +87,9 @@ def test_the_rows_are_the_ones_meant(tiny, rows, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
     prepared = prepare_rows(
         rows[1],
-        data_format="tokenized",
+        DataOptions(data_format="tokenized", seq_length=ROW),
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),
-        row_length=ROW,
         anchor_placement="per_document",
         cache_dir=tmp_path,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,27 +17,34 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from runs import ROOT, free_port, losses, metrics, weights
-from torch.autograd.graph import save_on_cpu
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, modeling_utils
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from anchor_context import loss as loss_module
-from anchor_context import memory
 from anchor_context.attention.patterns import make_layout
 from anchor_context.engine import make_engine
+from anchor_context.integrations.models import set_attention
 from anchor_context.layout import IGNORE_INDEX
-from anchor_context.loss import CausalLMWithLoss
-from anchor_context.memory import MemoryPlan, apply_memory_plan
-from anchor_context.models import set_attention
+from anchor_context.loss import CausalLMWithLoss, tiled_loss
+from anchor_context.memory import treatments
+from anchor_context.memory.estimate import ModelSizes, Setup, Sharding, expected_peak
+from anchor_context.memory.treatments import TreatedModel, Treatment
 
 RANKS, ACCUMULATION, TOKENS, VOCABULARY = 2, 2, 96, 40
 ZERO3 = ROOT / "accelerate_configs/zero3.json"
-PLANS = {
-    "nothing": MemoryPlan("none", "", False, "", False, ""),
-    "tiled": MemoryPlan("none", "", True, "", False, ""),
-    "tiled and full": MemoryPlan("full", "", True, "", False, ""),
-    "offload": MemoryPlan("offload", "", False, "", False, ""),
+TREATMENTS = {
+    "nothing": Treatment(),
+    "tiled": Treatment(tiled_mlp=True),
+    "tiled and full": Treatment(checkpoint_every=1, tiled_mlp=True),
+    "offload": Treatment(checkpoint_every=1, offload=True),
 }
-CASES = [(plan, tied) for plan in PLANS for tied in (False, True)]
+CASES = [(treatment, tied) for treatment in TREATMENTS for tied in (False, True)]
+MICRO_BATCHES = (  # tokens of a micro-batch, of rank 0 in it, of rank 1; and its treatment
+    (96, 96, 70, Treatment()),
+    (200, 13, 200, Treatment(checkpoint_every=1, tiled_mlp=True)),
+    (150, 150, 1, Treatment(tiled_mlp=True)),  # rank 1 is blank, with fewer tokens than tiles
+    (120, 1, 120, Treatment(checkpoint_every=2)),
+    (200, 200, 96, Treatment(checkpoint_every=1, offload=True, tiled_mlp=True)),
+)
 
 
 # --- ZeRO-3 ---------------------------------------------------------------------------------------
@@ -44,15 +52,15 @@ CASES = [(plan, tied) for plan in PLANS for tied in (False, True)]
 
 @pytest.fixture(scope="module")
 def sharded_steps(tmp_path_factory) -> dict:
-    """{(plan, tied): [{"losses": …, "gradients": …} of each rank]}, from one pair of processes."""
+    """{(treatment, tied): [{"losses": …, "gradients": …} of each rank]}, from one pair of processes."""
     return on_ranks(train_under_zero3, tmp_path_factory.mktemp("zero3"))
 
 
-@pytest.mark.parametrize(("plan", "tied"), CASES)
-def test_zero3_with_accumulation_gives_the_plain_gradients(plan, tied, sharded_steps):
+@pytest.mark.parametrize(("treatment", "tied"), CASES)
+def test_zero3_with_accumulation_gives_the_plain_gradients(treatment, tied, sharded_steps):
     """Rank 1 has no target in any micro-batch; the loss is scaled behind the model."""
     expected = plain_steps(tied=tied)
-    for rank, got in enumerate(sharded_steps[plan, tied]):
+    for rank, got in enumerate(sharded_steps[treatment, tied]):
         assert got["losses"] == pytest.approx(expected["losses"][rank], rel=1e-5)
         assert got["gradients"].keys() == expected["gradients"].keys()
         for name, want in expected["gradients"].items():
@@ -123,29 +131,21 @@ def train_under_zero3(rank: int) -> dict:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    # transformers' offload asks for pinned memory, which PyTorch has only beside a GPU.
-    modeling_utils.save_on_cpu = lambda pin_memory, device_type: save_on_cpu()
-    memory.TILE_TOKENS = 40  # 192 tokens: 5 tiles, the last one short
+    treatments.TILE_TOKENS = 40  # 192 tokens: 5 tiles, the last one short
     loss_module.TILE_ENTRIES = VOCABULARY * 50
-    settings = json.loads(ZERO3.read_text())
-    settings |= {
-        "bf16": {"enabled": False},
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-    }
+    settings = zero_settings(stage=3, accumulation=ACCUMULATION) | {"gradient_clipping": 0.0}
     found = {}
     for name, tied in CASES:
         model = make_model(tied=tied)
-        apply_memory_plan(model, PLANS[name])
-        whole = CausalLMWithLoss(model, fused=False)
+        treat = TreatedModel(model, tiles=True, offload_tokens=2 * TOKENS)
+        whole = CausalLMWithLoss(model, tiled_loss)
         optimizer = torch.optim.SGD(whole.parameters(), lr=0.0)
         engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
         step_losses = []
         for step in range(2):  # from the second on ZeRO-3 follows the trace of the first
             step_losses = []
             for micro in range(ACCUMULATION):
+                treat(TREATMENTS[name], 2 * TOKENS)
                 loss_sum, _ = engine(**make_batch(rank=rank, micro=micro))
                 # DeepSpeed averages over ranks.
                 engine.backward(loss_sum * (RANKS * scale_of(micro)), scale_wrt_gas=False)
@@ -158,7 +158,161 @@ def train_under_zero3(rank: int) -> dict:
                 engine.step()
         found[name, tied] = {"losses": step_losses, "gradients": gradients}
         engine.destroy()
-    return found
+    return found | {"other tokens": train_on_other_tokens(rank)}
+
+
+def test_ranks_with_other_tokens_treat_each_micro_batch_alike(sharded_steps):
+    """Every weight is gathered for every use, and every micro-batch is recomputed and tiled otherwise."""
+    found = sharded_steps["other tokens"]
+    model = make_model(tied=False)
+    for index, (_, *tokens_of, _) in enumerate(MICRO_BATCHES):
+        for rank, tokens in enumerate(tokens_of):
+            batch = make_micro_batch(index, rank=rank, tokens=tokens)
+            CausalLMWithLoss(model, tiled_loss)(**batch)[0].backward()
+    for gradients in found:
+        for name, parameter in model.named_parameters():
+            error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert error < 1e-5, (name, error)
+
+
+def make_micro_batch(index: int, *, rank: int, tokens: int) -> dict:
+    """Two documents; of a single token, which then has no target."""
+    generator = torch.Generator().manual_seed(10 * index + rank)
+    ids = torch.randint(VOCABULARY, (1, tokens), generator=generator)
+    layout = make_layout(
+        np.unique([0, tokens // 3]),
+        batch_size=1,
+        row_length=tokens,
+        pattern="intra_doc",
+        anchor_placement="none",
+    )
+    labels = ids.roll(-1, 1) if tokens > 1 else torch.full_like(ids, IGNORE_INDEX)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": layout.position_ids,
+        "layout": layout,
+    }
+
+
+def train_on_other_tokens(rank: int) -> dict[str, torch.Tensor]:
+    """The gradients of a step."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    settings = zero_settings(stage=3, accumulation=len(MICRO_BATCHES))
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    model = make_model(tied=False)
+    treat = TreatedModel(model, tiles=True, offload_tokens=200)
+    whole = CausalLMWithLoss(model, tiled_loss)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.0)
+    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
+    for _ in range(2):  # from the second step on ZeRO-3 follows the trace of an earlier forward
+        for index, (tokens, *tokens_of, treatment) in enumerate(MICRO_BATCHES):
+            treat(treatment, tokens)
+            loss_sum, _ = engine(**make_micro_batch(index, rank=rank, tokens=tokens_of[rank]))
+            engine.backward(loss_sum * RANKS, scale_wrt_gas=False)
+            if index == len(MICRO_BATCHES) - 1:
+                gradients = {
+                    n.removeprefix("model."): safe_get_full_grad(p).clone()
+                    for n, p in engine.module.named_parameters()
+                }
+            engine.step()
+    engine.destroy()
+    return gradients
+
+
+def zero_settings(*, stage: int, accumulation: int, bf16: bool = False) -> dict:
+    settings = json.loads(ZERO3.read_text())
+    settings["zero_optimization"]["stage"] = stage
+    return settings | {
+        "bf16": {"enabled": bf16},
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+# --- the expected peak ----------------------------------------------------------------------------
+
+ZERO = [(stage, bf16) for stage in (1, 2, 3) for bf16 in (True, False)]
+OF_RANKS = (2, 64)
+BUCKETS = (1_000_000, 30_000)  # many weights of the model below in one message; most of them alone
+
+
+@pytest.fixture(scope="module")
+def held_under_zero(tmp_path_factory) -> dict:
+    """{(ranks, stage, bf16, bucket): (what tensors held at once, the expected peak)}, in bytes."""
+    folder = tmp_path_factory.mktemp("held")
+    mp.spawn(hold_as_one_of_many, (str(folder),), nprocs=len(OF_RANKS))
+    parts = [torch.load(folder / f"{ranks}.pt", weights_only=False) for ranks in OF_RANKS]
+    return {case: found for part in parts for case, found in part.items()}
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+@pytest.mark.parametrize(("stage", "bf16"), ZERO)
+@pytest.mark.parametrize("ranks", OF_RANKS)
+def test_zero_holds_what_is_expected(ranks, stage, bf16, bucket, held_under_zero):
+    """Of 2 ranks, most is the optimiser's; of 64, what ZeRO gathers and sends."""
+    held, expected = held_under_zero[ranks, stage, bf16, bucket]
+    assert held <= expected <= 1.2 * held
+
+
+def hold_as_one_of_many(index: int, folder: str) -> None:
+    """The first of many ranks, of which there are no others.
+
+    PyTorch's group for such tests takes and gives tensors without a message. gloo would copy them, and free
+    the copies when its threads come to it; on a GPU there are no copies.
+    """
+    import deepspeed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from common import most_held
+
+    torch.set_num_threads(1)
+    ranks, tokens = OF_RANKS[index], 128
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
+    found = {}
+    for (stage, bf16), bucket in itertools.product(ZERO, BUCKETS):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        settings = zero_settings(stage=stage, accumulation=2, bf16=bf16)
+        settings["zero_optimization"]["reduce_bucket_size"] = bucket
+        sizes = []
+
+        def two_steps(
+            dtype: torch.dtype = dtype, settings: dict = settings, s: list = sizes
+        ) -> None:
+            model = LlamaForCausalLM(config).to(dtype).train()
+            s.append(ModelSizes.of(model))
+            engine = make_engine("flash", device=torch.device("cpu"), dtype=dtype)
+            set_attention(model, engine.attend)
+            whole = CausalLMWithLoss(model, tiled_loss)
+            optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-4)
+            zero, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=settings)
+            for micro in range(4):
+                loss_sum, _ = zero(**make_micro_batch(micro, rank=0, tokens=tokens))
+                zero.backward(loss_sum, scale_wrt_gas=False)
+                zero.step()
+            zero.destroy()
+
+        held = most_held(two_steps)
+        sharding = Sharding.of(settings, ranks=ranks)
+        setup = Setup(sizes[0], dtype.itemsize, "cpu", sharding=sharding)
+        expected = expected_peak(setup, Treatment(), tokens).total
+        found[ranks, stage, bf16, bucket] = held, expected
+    torch.save(found, Path(folder) / f"{ranks}.pt")
+    dist.destroy_process_group()
 
 
 # --- zero3_init -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import Run, metrics, same, started, weights
 
-from anchor_context.checkpoint import find_checkpoint
+from anchor_context.run.checkpoint import find_checkpoint
 
 ROWS_PER_STEP = 4
 EVERY_3 = ("--checkpoint_every", "3")
@@ -69,6 +69,10 @@ def complete(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("_")[1]))
 
 
+def memory_plan(output: Path) -> dict:
+    return json.loads((output / "args.json").read_text())["memory"]
+
+
 def is_saving(output: Path) -> bool:
     return any((output / "checkpoints").glob(".unfinished-checkpoint_*"))
 
@@ -99,8 +103,10 @@ def test_killed_while_saving_and_the_last_checkpoint_damaged(undisturbed, corpus
         run.kill()
     last = complete(output)[-1]
     flip(last / "rank_1.pt")
+    planned = memory_plan(output)
     with started(corpus, 2, output, *split(2), *EVERY_3, *cache) as run:
         printed = run.finish(0)
+    assert memory_plan(output) == planned  # for the bytes that were free then
     assert f"{last} is damaged and skipped: rank_1.pt: its contents have changed" in printed
     assert f"resumed  {complete(output)[0].parent}/checkpoint_" in printed
     assert not is_saving(output)
@@ -127,6 +133,79 @@ def test_a_run_taken_back_goes_on_from_there_and_stays_there(undisturbed, corpus
     assert (aside / old[1].name / "manifest.json").read_bytes() == manifest
     ours, first = results(output), results(undisturbed)
     assert len(ours) == 20 and ours[:10] == first[:10] and ours[11:] != first[11:20]
+
+
+def test_another_precision_or_model_is_refused(undisturbed, corpus, cache, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    other = ("--mixed_precision", "bf16", "--rope-theta", "70000")
+    with started(corpus, 2, output, *split(2), *other, *cache) as run:
+        printed = run.finish(2)
+    assert printed.count("error: --resume: the checkpoint is of another training") == 1
+    assert "--mixed_precision is bf16 here and was no" in printed
+    assert "the model's rope_parameters rope_theta is 70000.0 here and was " in printed
+    assert_same_run(output, undisturbed)
+
+
+# --------------------------------------------------------------------------------------------------
+# What else a run survives, in one: its folder's name is a pattern.
+
+DIVERGES = """\
+import os
+if "RANK" in os.environ:
+    import torch
+
+    step, calls = torch.optim.AdamW.step, []
+
+    def broken(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 14:  # two groups of parameters: from step 8 on
+            for group in self.param_groups:
+                group["lr"] = 1e30
+        return step(self, *args, **kwargs)
+
+    torch.optim.AdamW.step = broken
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_diverged_goes_on_from_its_last_good_checkpoint(
+    undisturbed, corpus, cache, tmp_path
+):
+    output, hooks = tmp_path / "sweep_lr=[1e-3,2e-3]", tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(DIVERGES)
+    flags = (*split(2), "--checkpoint_every", "1", "--max_bad_steps", "3", *cache)
+    with started(corpus, 2, output, *flags, hooks=hooks) as run:
+        printed = run.finish(1)
+    good = output / "checkpoints/checkpoint_7_28"
+    assert "3 steps in a row had no finite gradient" in printed
+    assert f"the last good checkpoint is {good}" in printed
+    assert [path.name for path in complete(output)] == [
+        f"checkpoint_{n}_{4 * n}" for n in (6, 7, 8)
+    ]
+    assert metrics(output)[-1]["step"] == 11 and not list(output.glob("step-*"))
+
+    # Somebody else wrote into the record, and an old checkpoint became a link.
+    with (output / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 1, "lo{"step": 1}\n')
+    (tmp_path / "moved").mkdir()
+    (output / "checkpoints/.unfinished-deleted-checkpoint_1_4").symlink_to(tmp_path / "moved")
+
+    with started(corpus, 2, output, *flags) as run:
+        run.until(lambda: (output / "checkpoints/checkpoint_9_36").exists())
+        main = run.ranks()[0]
+        main.suspend()  # or it would end before the second has started
+        with started(corpus, 1, tmp_path / "second", *flags, "--output-dir", str(output)) as second:
+            refused = second.finish(2)
+        main.resume()
+        printed = run.finish(0)
+    assert f"--output-dir {output}: process " in refused and " writes there; wait" in refused
+    assert f"resumed  {good}: 7 steps" in printed and "is no record of a step" in printed
+    assert (output / "checkpoints/abandoned-1/checkpoint_8_32").is_dir()
+    assert not is_saving(output) and not list((output / "checkpoints").glob(".unfinished*"))
+    assert (tmp_path / "moved").is_dir()
+    assert_same_run(output, undisturbed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,9 +281,15 @@ ULYSSES = ("--parallel_mode", "ulysses_attn", "--gradient-accumulate-every", str
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "flags"), [(1, ()), (4, ()), (4, ULYSSES)], ids=["1", "4", "4 Ulysses"]
+    ("processes", "flags"),
+    [
+        (1, ("--micro_batch_tokens", "50")),
+        (4, ("--micro_batch_tokens", "row")),
+        (4, (*ULYSSES, "--micro_batch_tokens", "300")),
+    ],
+    ids=["1", "4", "4 Ulysses"],
 )
-def test_another_number_of_ranks_continues_the_same_run(
+def test_another_number_of_ranks_and_other_micro_batches_continue_the_same_run(
     processes, flags, undisturbed, corpus, cache, tmp_path
 ):
     output = tmp_path / "run"
@@ -231,7 +316,8 @@ def test_another_batch_gives_the_schedule_other_steps(undisturbed, corpus, cache
         shutil.rmtree(path)
     half = ("--gradient-accumulate-every", "1", *SCHEDULE)
     with started(corpus, 2, output, *half, *cache) as run:
-        run.finish(0)
+        printed = run.finish(0)
+    assert "resumed with other flags: --gradient_accumulate_every 1 (was " in printed
     steps, before = metrics(output), metrics(undisturbed)
     assert sum(step["target_tokens"] for step in steps) == sum(s["target_tokens"] for s in before)
     assert len(steps) > len(before)

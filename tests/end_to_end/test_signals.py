@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import textwrap
 from itertools import pairwise
 
 import psutil
 import pytest
-from runs import metrics, started
+from runs import metrics, same, started, weights
 
 A_MINUTE = 60
 ENDLESS = ("--max-train-steps", "100000")
@@ -99,3 +100,38 @@ def test_a_rank_that_raises_ends_all_with_its_traceback_first(tiny, cache, tmp_p
         assert errors[0].endswith("ValueError: the third step's trouble"), printed
         _, alive = psutil.wait_procs(everyone, timeout=10)
         assert not alive
+
+
+@pytest.mark.slow  # four runs
+def test_a_killed_launcher_and_a_closed_terminal_change_nothing_of_what_is_learnt(
+    tiny, cache, tmp_path
+):
+    flags = ("--max-train-steps", "60", "--checkpoint_every", "2", *cache)
+    with started(tiny, 2, tmp_path / "undisturbed", *flags) as run:
+        run.finish(0)
+
+    output = tmp_path / "run"
+    with started(tiny, 2, output, *flags) as run:
+        run.until(lambda: run.steps() >= 5)
+        everyone = psutil.Process(run.launcher.pid).children(recursive=True)
+        run.launcher.kill()
+        _, alive = psutil.wait_procs(everyone, timeout=A_MINUTE)
+        assert len(everyone) >= 4 and not alive
+    with started(tiny, 2, output, *flags) as run:
+        before = run.steps()
+        run.until(lambda: run.steps() >= before + 3)
+        launcher = psutil.Process(run.launcher.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            process.send_signal(signal.SIGHUP)
+        # The launcher, told first, may be faster with its SIGTERM than this test with the ranks' SIGHUP.
+        assert re.search("SIG(HUP|TERM): finishing the step", run.finish(75, seconds=A_MINUTE))
+    with started(tiny, 2, output, *flags) as run:
+        run.finish(0)
+
+    names = ("step", "loss", "grad_norm", "tokens_seen")
+    there, here = (
+        [[record[name] for name in names] for record in metrics(folder)]
+        for folder in (tmp_path / "undisturbed", output)
+    )
+    assert here == there
+    assert same(*(weights(folder / "step-60") for folder in (tmp_path / "undisturbed", output)))

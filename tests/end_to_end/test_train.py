@@ -8,8 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import ROOT, losses, metrics
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from runs import ROOT, losses, metrics, weights
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Mistral3Config,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from anchor_context.demo import train_tokenizer
 
@@ -47,20 +55,45 @@ def add_code(model: Path, *, marker: Path) -> None:
         (model / file).write_text(json.dumps(settings | {"auto_map": classes}))
 
 
+ROUNDS_FREQUENCIES = """
+from accelerate import Accelerator
+
+prepare = Accelerator.prepare
+
+def fail_if_rounded(table, args):
+    assert str(table.inv_freq.dtype) == "torch.float32", table.inv_freq.dtype
+
+def prepare_and_round(self, model, optimizer):
+    prepared = prepare(self, model, optimizer)
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = module.inv_freq.bfloat16()
+            module.register_forward_pre_hook(fail_if_rounded)
+    return prepared
+
+Accelerator.prepare = prepare_and_round
+"""
+"""What every process of a run runs first: `prepare` as DeepSpeed was before 0.19.2."""
+
+
 def test_upstreams_flag_line_trains_in_bf16(launch, tmp_path):
-    """Only the paths differ. Rows are longer than --seq-length, and no token of them is lost."""
+    """Only the paths differ. Rows are longer than --seq-length, and no token of them is lost.
+
+    A library rounds RoPE's frequencies on the way, and the run puts them right.
+    """
     data, output = tmp_path / "rows.jsonl", tmp_path / "run"
+    (tmp_path / "sitecustomize.py").write_text(ROUNDS_FREQUENCIES)
     tokens = write_tokenized(data, rows=3, row_tokens=10_001, vocab_size=512)
     finished = launch(
         2,
         output,
         *UPSTREAM_LINE.split(),
         *("--mixed_precision", "bf16", "--dataset", str(data)),
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
     )
     data_record = json.loads((output / "args.json").read_text())["data"]
     assert data_record["document_tokens"] == tokens and data_record["rows"] == 8
     assert len(losses(output)) == 3 and np.isfinite(losses(output)).all()
-    # check_rotary_precision ran on the prepared bf16 model, or the run had failed.
     assert {path.name for path in output.glob("step-*")} == {"step-2", "step-3"}, finished.stdout
     model = AutoModelForCausalLM.from_pretrained(output / "step-3", dtype="auto")
     assert model.dtype == torch.bfloat16
@@ -115,9 +148,10 @@ def test_a_tokenizer_without_bos_trains_with_eos_as_the_anchor(launch, tmp_path)
     steps = metrics(tmp_path / "run")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert all(0 <= step["data_wait_share"] <= 1 for step in steps)
-    # Logged with the models of steps 2, 4 and 6, whose saving counts as no step's time, and at step 3.
+    # Logged before what counts as no step's time (the garbage collected after step 1, the models of steps 2,
+    # 4 and 6), and at step 3.
     seconds = [step["step_seconds"] for step in steps]
-    assert [seconds.index(value) for value in seconds] == [0, 0, 2, 3, 4, 4]
+    assert [seconds.index(value) for value in seconds] == [0, 1, 2, 3, 4, 4]
     for rank in (0, 1):
         trace = tmp_path / "run" / "profile" / f"steps-2-2.rank-{rank}.json.gz"
         assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
@@ -127,23 +161,51 @@ def test_a_tokenizer_without_bos_trains_with_eos_as_the_anchor(launch, tmp_path)
     ] < 0.01
     data_record = json.loads((tmp_path / "run" / "args.json").read_text())["data"]
     assert data_record["anchors_added"] >= len(texts)
-    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "step-6")
+    step = tmp_path / "run" / "step-6"
+    saved = AutoTokenizer.from_pretrained(step)
     assert saved.bos_token is None and saved.eos_token == "</s>"
+    for name in ("tokenizer.json", "tokenizer_config.json", "foreign.py"):
+        assert (step / name).read_bytes() == (model / name).read_bytes()
+    assert "lm_head.weight" not in weights(step)  # tied: once
     assert list((tmp_path / "run").rglob("events.out.tfevents.*")), "no TensorBoard file"
+
+
+def test_the_language_model_inside_another_is_trained_by_itself(launch, tiny, tmp_path):
+    """As Mistral Small 3.1 keeps it: its configuration in `text_config`, its weights beside an eye's."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", "vocab_size": 512, "num_attention_heads": 4}
+        | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, **sizes},
+        vision_config={"model_type": "pixtral", "num_attention_heads": 2, "head_dim": 16, **sizes},
+        image_token_index=5,
+    )
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny.model).save_pretrained(tmp_path / "model")
+    finished = launch(
+        1,
+        tmp_path / "run",
+        *("--model_name_or_path", str(tmp_path / "model"), "--max-train-steps", "3"),
+    )
+    assert "the language model inside mistral3" in finished.stdout
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run/step-3")
+    assert isinstance(saved, MistralForCausalLM)
+    assert saved.config.max_position_embeddings == 256
 
 
 WATCHED = """\
 import os
 if "RANK" in os.environ:
-    from anchor_context.data import packing
-    prepare_rows = packing.prepare_rows
+    from anchor_context.data import prepare
+    prepare_rows = prepare.prepare_rows
 
     def watched(*args, **settings):
         with open({calls!r}, "a") as stream:
             stream.write(os.environ["RANK"])
         return prepare_rows(*args, **settings)
 
-    packing.prepare_rows = watched
+    prepare.prepare_rows = watched
 """
 
 

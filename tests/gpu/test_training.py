@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -11,27 +9,28 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Glm4Config, LlamaConfig, LlamaForCausalLM
 
 from anchor_context import loss as loss_module
-from anchor_context import memory
 from anchor_context.attention.patterns import make_layout
 from anchor_context.engine import make_engine
+from anchor_context.integrations.models import set_attention
 from anchor_context.layout import IGNORE_INDEX
 from anchor_context.loss import CausalLMWithLoss, liger_available, liger_loss, tiled_loss
-from anchor_context.memory import MemoryPlan, apply_memory_plan, choose_memory_plan
-from anchor_context.metrics import peak_flops, peak_memory_bytes
-from anchor_context.models import set_attention
+from anchor_context.memory import treatments
+from anchor_context.memory.liger import apply_liger
+from anchor_context.memory.treatments import TreatedModel, Treatment
 from anchor_context.parallel.groups import make_grid
 from anchor_context.parallel.shard import shard_batch
+from anchor_context.run.device import peak_flops, peak_memory_bytes
 
 CUDA = torch.device("cuda")
 ROW, VOCABULARY = 512, 1000
-NOTHING = MemoryPlan("none", "", False, "", False, "")
+NOTHING = Treatment()
 needs_liger = pytest.mark.skipif(
     not liger_available(CUDA),
     reason="liger-kernel is not installed (pip install liger-kernel==0.8.5)",
 )
 
 
-def model_and_batch(plan: MemoryPlan, *, dtype: torch.dtype):
+def model_and_batch(treatment: Treatment, *, dtype: torch.dtype, liger: bool = False):
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256,
@@ -47,7 +46,7 @@ def model_and_batch(plan: MemoryPlan, *, dtype: torch.dtype):
         "flash" if dtype == torch.bfloat16 else "reference", device=CUDA, dtype=dtype
     )
     set_attention(model, engine.attend)
-    apply_memory_plan(model, plan)
+    treat(model, treatment, tokens=2 * ROW, liger=liger)
     layout = make_layout(
         np.array([0, 100, ROW, ROW + 77, ROW + 400]),
         batch_size=2,
@@ -65,38 +64,44 @@ def model_and_batch(plan: MemoryPlan, *, dtype: torch.dtype):
         "position_ids": layout.position_ids,
         "layout": layout,
     }
-    return CausalLMWithLoss(model, fused=plan.liger), batch
+    return CausalLMWithLoss(model, liger_loss if liger else tiled_loss), batch
 
 
-def loss_and_gradients(plan: MemoryPlan, *, dtype: torch.dtype):
-    model, batch = model_and_batch(plan, dtype=dtype)
+def treat(model, treatment: Treatment, *, tokens: int, liger: bool = False) -> None:
+    if liger:
+        apply_liger(model)
+    offload_tokens = tokens if treatment.offload else 0
+    treated = TreatedModel(model, tiles=treatment.tiled_mlp, offload_tokens=offload_tokens)
+    treated(treatment, tokens)
+
+
+def loss_and_gradients(treatment: Treatment, *, dtype: torch.dtype, liger: bool = False):
+    model, batch = model_and_batch(treatment, dtype=dtype, liger=liger)
     loss_sum, count = model(**batch)
     (loss_sum * 0.3 / count).backward()
     return (loss_sum / count).item(), {n: p.grad for n, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("liger", [False, pytest.param(True, marks=needs_liger)])
 @pytest.mark.parametrize(
-    "plan",
+    "treatment",
     [
-        replace(NOTHING, gradient_checkpointing="full"),
-        replace(NOTHING, gradient_checkpointing="offload"),
-        replace(NOTHING, tiled_mlp=True),
-        replace(NOTHING, gradient_checkpointing="offload", tiled_mlp=True),
-        pytest.param(replace(NOTHING, liger=True), marks=needs_liger),
-        pytest.param(
-            replace(NOTHING, gradient_checkpointing="offload", tiled_mlp=True, liger=True),
-            marks=needs_liger,
-        ),
+        Treatment(),
+        Treatment(1),
+        Treatment(2),
+        Treatment(1, offload=True),
+        Treatment(tiled_mlp=True),
+        Treatment(1, offload=True, tiled_mlp=True),
     ],
     ids=str,
 )
-def test_a_plan_changes_no_loss_and_no_gradient(plan, monkeypatch):
-    monkeypatch.setattr(memory, "TILE_TOKENS", 300)
+def test_a_treatment_changes_no_loss_and_no_gradient(treatment, liger, monkeypatch):
+    monkeypatch.setattr(treatments, "TILE_TOKENS", 300)
     loss, gradients = loss_and_gradients(NOTHING, dtype=torch.float32)
-    planned_loss, planned = loss_and_gradients(plan, dtype=torch.float32)
+    planned_loss, planned = loss_and_gradients(treatment, dtype=torch.float32, liger=liger)
     assert planned_loss == pytest.approx(loss, rel=1e-5)
     # Triton may multiply float32 as TF32 in Liger's kernels.
-    bound = 5e-3 if plan.liger else 1e-5
+    bound = 5e-3 if liger else 1e-5
     for name, want in gradients.items():
         assert ((planned[name] - want).norm() / want.norm()).item() < bound, name
 
@@ -113,7 +118,7 @@ def test_liger_rotates_as_the_family_does(family):
     for liger in (False, True):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).to(CUDA)
-        apply_memory_plan(model, replace(NOTHING, liger=liger))
+        treat(model, NOTHING, tokens=ROW, liger=liger)
         with torch.no_grad():
             logits.append(model(tokens, use_cache=False).logits)
     assert ((logits[1] - logits[0]).norm() / logits[0].norm()).item() < 5e-3
@@ -143,10 +148,7 @@ def test_liger_s_loss_is_the_tiled_loss(targets, monkeypatch):
 
 
 def test_a_short_bf16_run_learns():
-    plain, _ = model_and_batch(NOTHING, dtype=torch.bfloat16)
-    plan = choose_memory_plan(plain.model, device=CUDA, row_tokens_per_rank=65_536)
-    assert plan.gradient_checkpointing == "full" and plan.liger == liger_available(CUDA)
-    model, batch = model_and_batch(plan, dtype=torch.bfloat16)
+    model, batch = model_and_batch(Treatment(1), dtype=torch.bfloat16, liger=liger_available(CUDA))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(40):
@@ -160,11 +162,10 @@ def test_a_short_bf16_run_learns():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_forward_and_backward_never_wait_for_the_device(checkpointing):
+@pytest.mark.parametrize("treatment", [NOTHING, Treatment(1)], ids=str)
+def test_forward_and_backward_never_wait_for_the_device(treatment):
     """With the flash engine and the tiled loss; Liger's waits, as `loss.py` says."""
-    plan = replace(NOTHING, gradient_checkpointing=checkpointing)
-    model, batch = model_and_batch(plan, dtype=torch.bfloat16)
+    model, batch = model_and_batch(treatment, dtype=torch.bfloat16)
     on_host = {key: value.to("cpu").pin_memory() for key, value in batch.items()}
 
     def step() -> None:
@@ -194,8 +195,11 @@ def test_the_loader_s_batches_are_pinned_with_their_layouts(ring_degree):
     assert all(tensor.is_pinned() for tensor in pinned.values())
     assert layout.cu_seqlens.is_pinned() and layout.document_ids.is_pinned()
     if ring_degree > 1:
-        assert layout.schedule.causal.cu_seqlens_q.is_pinned()
-        assert all(step.send.is_pinned() for step in layout.schedule.steps)
+        schedule = layout.schedule_of(None)
+        assert schedule.causal.cu_seqlens_q.is_pinned()
+        # An empty tensor has no memory to pin: in the first exchange a rank sends itself nothing.
+        sends = [e.send for e in schedule.exchanges if e.send.numel()]
+        assert sends and all(send.is_pinned() for send in sends)
 
 
 def test_bf16_follows_float32():
@@ -207,10 +211,9 @@ def test_bf16_follows_float32():
 def test_offloaded_checkpoints_leave_the_gpu():
     """A long row: what a step holds on the GPU, over the weights."""
 
-    def peak(checkpointing: str) -> int:
-        plan = replace(NOTHING, gradient_checkpointing=checkpointing)
+    def peak(treatment: Treatment) -> int:
         torch.cuda.empty_cache()
-        model, batch = model_and_batch(plan, dtype=torch.bfloat16)
+        model, batch = model_and_batch(treatment, dtype=torch.bfloat16)
         long = {
             "input_ids": batch["input_ids"][:1].repeat(1, 64),
             "labels": batch["labels"][:1].repeat(1, 64),
@@ -229,7 +232,7 @@ def test_offloaded_checkpoints_leave_the_gpu():
         loss_sum.backward()
         return peak_memory_bytes(CUDA) - before
 
-    none, full, offload = peak("none"), peak("full"), peak("offload")
+    none, full, offload = peak(NOTHING), peak(Treatment(1)), peak(Treatment(1, offload=True))
     assert offload < full < none
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from anchor_context.data.packing import PreparedRows, prepare_rows
+from anchor_context.data.options import DataOptions
+from anchor_context.data.prepare import prepare_rows
+from anchor_context.data.rows import PreparedRows
 
 
 def byte_tokenizer(*, bos: bool = True, words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
@@ -54,16 +56,16 @@ def write_token_rows(path: Path, rows: list[list[list[int]]]) -> Path:
 
 def prepare(dataset, cache: Path, **options) -> PreparedRows:
     """`prepare_rows` with the byte tokenizer and raw_json, unless told otherwise."""
-    defaults = {
-        "data_format": "raw_json",
+    settings = {
         "tokenizer": BYTES,
         "vocab_size": 1 << 20,
-        "row_length": 64,
         "anchor_placement": "per_document",
-        "cache_dir": cache,
+        "num_proc": 1,
     }
+    settings |= {name: options.pop(name) for name in settings if name in options}
     names = [str(name) for name in dataset] if isinstance(dataset, list) else str(dataset)
-    return prepare_rows(names, **(defaults | options))
+    shape = DataOptions(**{"seq_length": 64, "seed": 0} | options)
+    return prepare_rows(names, shape, cache_dir=cache, **settings)
 
 
 def file_bytes(prepared: PreparedRows) -> dict[str, bytes]:

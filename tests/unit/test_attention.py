@@ -12,20 +12,20 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from anchor_context.attention import flash, flex, kernels, reference
-from anchor_context.attention.kernels import KERNELS, Spans, choose_kernel
-from anchor_context.attention.patterns import attended_pairs, make_layout, mask_predicate
-from anchor_context.engine import make_engine
+from anchor_context.attention import flash, flex, reference
+from anchor_context.attention.kernels import KERNELS
+from anchor_context.attention.patterns import (
+    PATTERNS,
+    attended_pairs,
+    make_layout,
+    mask_predicate,
+)
 from anchor_context.layout import DocumentLayout
 
-CPU = torch.device("cpu")
 ROW = 256
+PATTERNS_OF_THE_PAPER = ("full", "intra_doc", "intra_doc_reset", "anchor")
 PLACED_PATTERNS = [
-    ("anchor", "per_document"),
-    ("anchor", "shared"),
-    ("intra_doc", "none"),
-    ("intra_doc_reset", "none"),
-    ("full", "none"),
+    (name, placement) for name, pattern in PATTERNS.items() for placement in pattern.placements
 ]
 
 
@@ -80,7 +80,7 @@ def test_engines_agree_with_the_reference(pattern, placement, batch_size, docume
     inputs, grad = qkv(batch_size)
     expected = run(reference.attend, inputs, grad, layout, torch.float64)
     engines = {"flex": flex.make_attend()}
-    if placement != "shared":
+    if placement != "shared" and PATTERNS[pattern].sees is None:
         engines["flash"] = partial(flash.attend, kernel=KERNELS["torch_cpu"])
     for name, attend in engines.items():
         error = worst_error(run(attend, inputs, grad, layout, torch.float32), expected)
@@ -156,11 +156,16 @@ def test_masks_too_many_to_compile_are_an_error_not_unfused(compiled):
     for limit, failure in ((3, nullcontext()), (2, pytest.raises(FailOnRecompileLimitHit))):
         torch._dynamo.reset()
         with torch._dynamo.config.patch(recompile_limit=limit), failure:
-            for pattern, placement in (("full", "none"), ("intra_doc", "none"), PLACED_PATTERNS[1]):
+            # One kind for all that is causal inside units, one with a window besides, one with an anchor.
+            for pattern, placement, window in (
+                ("full", "none", None),
+                ("intra_doc", "none", 100),
+                ("anchor", "shared", None),
+            ):
                 layout = random_layout(
                     documents=3, batch_size=1, pattern=pattern, placement=placement
                 )
-                mask = flex.block_mask(layout)
+                mask = flex.block_mask(layout, sliding_window=window)
                 attend(q, k, v, block_mask=mask, scale=0.25, enable_gqa=True)
 
 
@@ -197,7 +202,10 @@ def test_block_mask_at_row_lengths_off_the_block(row_length):
     assert ((out - expected).norm() / expected.norm()).item() < 1e-5
 
 
-@pytest.mark.parametrize(("pattern", "placement"), PLACED_PATTERNS)
+@pytest.mark.parametrize(
+    ("pattern", "placement"),
+    [placed for placed in PLACED_PATTERNS if placed[0] in PATTERNS_OF_THE_PAPER],
+)
 def test_predicate_and_work_follow_the_definition(pattern, placement):
     """Against a direct reading of the table of patterns, token by token."""
     starts = [0, 1, 4, 9] if placement == "shared" else [0, 4, 9]
@@ -234,22 +242,6 @@ def test_predicate_and_work_follow_the_definition(pattern, placement):
     assert attended_pairs(lengths, pattern=pattern, anchor_placement=placement) == pairs
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_calls_of_pytorch_s_cuda_kernel_fit_its_operators(causal, window):
-    """On the device "meta", which computes nothing, but checks arguments and gives shapes."""
-    kernel = KERNELS["torch_varlen"]
-    q, k = (torch.empty(64, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
-    edges = torch.empty(4, dtype=torch.int32, device="meta")
-    spans = Spans(edges, edges, 32, 32)
-    settings = {"causal": causal, "scale": 0.25, "window": window}
-    out, lse = kernel.forward(q, k, k, spans, **settings)
-    gradients = kernel.backward(out, q, k, k, out, lse, spans, **settings)
-    assert out.shape == q.shape and out.dtype == q.dtype
-    assert lse.shape == (4, 64) and lse.dtype == torch.float32
-    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
-
-
 def test_rows_of_a_batch_have_their_own_documents():
     """Upstream read only row 0's boundaries, and corrupted positions in place."""
     layout = make_layout(
@@ -263,7 +255,7 @@ def test_rows_of_a_batch_have_their_own_documents():
     assert layout.document_ids.tolist() == [[0] * 3 + [1] * 5, [2] * 6 + [3] * 2]
 
 
-# --- Sliding windows: honoured or refused, never dropped ------------------------------------------
+# --- Sliding windows (the flash engine's and the ring's: test_windows.py) --------------------------
 
 
 def test_flex_honours_a_window_and_keeps_the_anchor_visible():
@@ -284,70 +276,6 @@ def test_flex_honours_a_window_and_keeps_the_anchor_visible():
     assert last - start > 5 and visible(torch.tensor(0), torch.tensor(0), last, start)
     assert not visible(torch.tensor(0), torch.tensor(0), last, last - 5)
     assert visible(torch.tensor(0), torch.tensor(0), last, last - 4)
-
-
-@pytest.mark.parametrize("pattern", ["anchor", "intra_doc"])
-def test_flash_refuses_a_window_that_it_would_drop(pattern):
-    placement = "per_document" if pattern == "anchor" else "none"
-    layout = random_layout(documents=2, batch_size=1, pattern=pattern, placement=placement)
-    (q, k, v), _ = qkv(1)
-    attend = partial(flash.attend, kernel=KERNELS["torch_cpu"], scale=0.25)
-    with pytest.raises(ValueError, match="sliding_window=5"):
-        attend(q, k, v, layout, sliding_window=5)
-    assert torch.equal(attend(q, k, v, layout, sliding_window=ROW), attend(q, k, v, layout))
-
-
-def test_an_engine_says_before_the_model_is_loaded_what_it_would_say_of_a_window():
-    def engine(name, **more):
-        return make_engine(name, device=torch.device("cpu"), dtype=torch.float32, **more)
-
-    engine("flash").check_window(200, pattern="anchor", longest=200)
-    engine("flex").check_window(100, pattern="anchor", longest=200)
-    for pattern, says in (("anchor", "hide the anchor"), ("intra_doc", "torch_cpu cannot honour")):
-        with pytest.raises(ValueError, match=says):
-            engine("flash").check_window(100, pattern=pattern, longest=200)
-
-
-# --- The choice of a kernel ------------------------------------------------------------------------
-
-
-def test_the_kernel_choice_says_why():
-    kernel, reason = choose_kernel(CPU, torch.float32)
-    assert kernel.name == "torch_cpu"
-    assert "flash_attn" in reason and "torch_varlen: needs a CUDA device" in reason
-
-
-@pytest.mark.parametrize("name", ["flash_attn", "torch_varlen"])
-def test_a_forced_kernel_that_cannot_run_says_why(name):
-    with pytest.raises(ValueError, match=f"{name}: .*(not installed|needs a CUDA device)"):
-        choose_kernel(CPU, torch.bfloat16, name=name)
-
-
-@pytest.mark.parametrize(
-    ("version", "capability", "says"),
-    [
-        ("2.6.3", (9, 0), "older than 2.7"),
-        ("2.8.3", (7, 5), "compute capability 8.0 or newer, not 7.5"),
-        ("2.8.3", (9, 0), "installed but does not load"),  # it is not there to be imported
-    ],
-)
-def test_a_flash_attn_that_would_fail_is_not_chosen(monkeypatch, version, capability, says):
-    monkeypatch.setattr(kernels.metadata, "version", lambda name: version)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = KERNELS["flash_attn"].unavailable(torch.device("cuda"), torch.bfloat16)
-    assert says in reason
-    if capability >= (8, 0):
-        chosen, why = choose_kernel(torch.device("cuda"), torch.bfloat16)
-        assert chosen.name == "torch_varlen" and says in why
-
-
-def test_the_cpu_kernel_holds_spans_to_the_maxima_that_cuda_kernels_need():
-    (q, k, v), _ = qkv(1)
-    spans = Spans(*[torch.tensor([0, ROW], dtype=torch.int32)] * 2, ROW - 1, ROW)
-    with pytest.raises(AssertionError, match="maxima too small"):
-        KERNELS["torch_cpu"].forward(
-            *map(flash.flatten_rows, (q, k, v)), spans, causal=True, scale=1.0, window=None
-        )
 
 
 def test_flex_makes_a_mask_once_per_layout(monkeypatch):

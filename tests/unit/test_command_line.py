@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import runpy
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from anchor_context import evaluate
+from anchor_context import command_line
 from anchor_context.command_line import (
     FlagParser,
     check_model_path,
@@ -24,10 +26,11 @@ from anchor_context.command_line import (
     read_text,
 )
 from anchor_context.data.__main__ import main as data_command
-from anchor_context.metrics import parse_profile_steps
-from anchor_context.rope.__main__ import main as laboratory
-from anchor_context.rope.report import write_csv
-from anchor_context.summary import summary as summary_of
+from anchor_context.evaluate.__main__ import main as evaluation
+from anchor_context.precision.__main__ import main as laboratory
+from anchor_context.precision.table import Table
+from anchor_context.run.folder import summary as summary_of
+from anchor_context.run.profiler import parse_profile_steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +105,8 @@ def test_a_path_that_we_cannot_make_is_one_line_and_a_librarys_is_not(tmp_path, 
     (tmp_path / "file").touch()
     inside = tmp_path / "file/change.csv"
     assert (
-        ended_by(lambda: write_csv(inside, [{"a": 1}]), capsys).count(f"{inside}: Not a dir") == 1
+        ended_by(lambda: Table([{"a": 1}]).write_csv(inside), capsys).count(f"{inside}: Not a dir")
+        == 1
     )
     with pytest.raises(NotADirectoryError), one_line_errors():
         numpy.save(inside, 1)
@@ -140,7 +144,8 @@ def test_a_model_s_folder_and_hub_names_pass(run, name):
     check_model_path(name, "--model")
 
 
-def test_what_transformers_says_of_a_model_is_one_line():
+def test_what_transformers_says_of_a_model_is_one_line(monkeypatch):
+    monkeypatch.setattr(command_line, "find_model_on_hub", lambda *_: None)
     said = "--model gpt2 cannot be loaded: one two$"
     with pytest.raises(ValueError, match=said), model_errors("gpt2", "--model"):
         raise OSError("one\n\n  two")
@@ -158,11 +163,11 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
     ("command", "line", "says"),
     [
         (
-            evaluate.main,
+            evaluation,
             "needle --model output/run --lengths 64 --out o",
             "did you mean output/run",
         ),
-        (evaluate.main, "needle --lenghts 64 --model m --out o", "did you mean --lengths"),
+        (evaluation, "needle --lenghts 64 --model m --out o", "did you mean --lengths"),
         (data_command, "prepare --dataset d --model_name_or_path /nope", "/nope: no such folder"),
         (data_command, "prepare --datset d --model_name_or_path m", "did you mean --dataset"),
         (laboratory, "precision --model output/run --out o", "did you mean output/run"),
@@ -175,7 +180,7 @@ def test_every_command_names_the_mistake(run, command, line, says):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("module", ["evaluate", "rope", "data", "summary"])
+@pytest.mark.parametrize("module", ["evaluate", "precision", "data", "run.folder"])
 def test_every_command_tells_it_in_one_line(module, monkeypatch, capsys):
     name = f"anchor_context.{module}"
     monkeypatch.setattr(sys, "argv", [module, "--nonsense"])
@@ -201,3 +206,46 @@ def test_an_example_without_arguments_says_how_to_call_it(example, monkeypatch):
     monkeypatch.setattr(sys, "argv", [example])
     with pytest.raises(SystemExit, match=f"usage: python examples/{example}.py MODEL TEXTS"):
         runpy.run_path(str(ROOT / f"examples/{example}.py"))
+
+
+# --------------------------------------------------------------------------------------------------
+# No message ends a run.
+
+TALK = """
+import sys
+from tqdm import tqdm
+from anchor_context.files import keep_talking
+from anchor_context.files import keep_talking, warn
+keep_talking()
+for step in tqdm(range(3)):
+    print("step", step, "\u00d7 \u2026")
+    warn("careful")
+    sys.stdout.flush()
+open(sys.argv[1], "w").write("done")
+"""
+
+
+def talk(tmp_path, redirection: str, **environment: str) -> int:
+    """The exit code of TALK, which must get to its end, under a shell's redirection."""
+    (tmp_path / "talk.py").write_text(TALK)
+    command = f"{sys.executable} {tmp_path}/talk.py {tmp_path}/done {redirection}"
+    ended = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+    assert (tmp_path / "done").read_text() == "done"
+    return ended.returncode
+
+
+@pytest.mark.parametrize(
+    "redirection", ["> /dev/full 2>&1", ">&- 2>&-", "2>&1 | true", "> /dev/null 2> /dev/full"]
+)
+def test_no_message_ends_a_run(redirection, tmp_path):
+    assert talk(tmp_path, redirection) == 0
+
+
+def test_a_letter_that_the_terminal_lacks_ends_no_run(tmp_path):
+    log = tmp_path / "log"
+    assert talk(tmp_path, f"> {log} 2>&1", PYTHONIOENCODING="ascii") == 0
+    assert "step 2 \\xd7 \\u2026\n" in log.read_text() and "careful" in log.read_text()

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from anchor_context.data.__main__ import main
 from anchor_context.data.inspection import Inspection, describe_row
-from anchor_context.data.packing import open_rows
+from anchor_context.data.rows import open_rows
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_the_figures_of_an_inspection(tmp_path):
 
 def test_a_row_is_shown_with_its_boundaries(tmp_path):
     data = write_texts(tmp_path / "d.jsonl", ["hello", "w" * 20])
-    prepared = prepare(data, tmp_path, row_length=16)
+    prepared = prepare(data, tmp_path, seq_length=16)
     first, second = (describe_row(prepared.row(i), BYTES).splitlines() for i in (0, 1))
     assert "[      0,       7)  document 0          6 targets  <s>hello</s>" in first[0]
     assert "[      7,      16)  document 1          9 targets" in first[1]

@@ -8,11 +8,7 @@ import torch
 from data_samples import BOS, prepare, write_token_rows
 
 from anchor_context.attention import flex, reference
-from anchor_context.attention.patterns import (
-    InterleavedLayout,
-    attended_boundaries,
-    attended_pairs,
-)
+from anchor_context.attention.patterns import attended_boundaries, attended_pairs, make_layout
 from anchor_context.data.loader import collate
 
 
@@ -26,7 +22,7 @@ def prepared(request, tmp_path):
         data,
         tmp_path,
         data_format="tokenized",
-        row_length=512,
+        seq_length=512,
         anchor_placement=request.param,
         interleave_chunks=True,
     )
@@ -78,7 +74,7 @@ def test_a_documents_chunks_lie_apart(prepared):
 def test_chunks_of_one_document_see_each_other_through_flex_and_reference(prepared):
     batch = collate(prepared, [0, 1], pattern=pattern_of(prepared))
     layout, tokens = batch["layout"], batch["input_ids"]
-    assert isinstance(layout, InterleavedLayout) and isinstance(layout.to("cpu"), InterleavedLayout)
+    assert layout.interleaved and layout.to("cpu").interleaved
     visible = flex.dense_mask(layout)[:, 0]
 
     pads = [prepared.row(i).pad_count for i in (0, 1)]
@@ -104,10 +100,11 @@ def test_chunks_of_one_document_see_each_other_through_flex_and_reference(prepar
     )
 
 
-def test_flex_names_every_block_that_a_chunk_sees(prepared):
+@pytest.mark.parametrize("window", [None, 40])
+def test_flex_names_every_block_that_a_chunk_sees(prepared, window):
     layout = collate(prepared, [0, 1], pattern=pattern_of(prepared))["layout"]
-    dense = flex.dense_mask(layout)[:, 0]
-    blocks = flex.block_mask(layout).to_dense()[:, 0].bool()
+    dense = flex.dense_mask(layout, sliding_window=window)[:, 0]
+    blocks = flex.block_mask(layout, sliding_window=window).to_dense()[:, 0].bool()
     needed = dense.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).any(4).any(2)
     assert torch.equal(needed & blocks, needed)
 
@@ -128,12 +125,29 @@ def test_flash_refuses_chunks(prepared):
         attended_boundaries(layout)
 
 
-def test_the_work_counts_documents_not_chunks(prepared):
+def test_a_window_is_of_the_documents_own_tokens(prepared):
+    """As in a micro-batch of units, which puts the chunks of a document together."""
+    layout = collate(prepared, [0], pattern=pattern_of(prepared))["layout"]
+    order = np.argsort(layout.document_ids[0], stable=True)
+    together = make_layout(
+        np.concatenate(([0], np.cumsum(prepared.row(0).document_lengths())[:-1])),
+        batch_size=1,
+        row_length=512,
+        pattern=pattern_of(prepared),
+        anchor_placement=prepared.anchor_placement,
+    )
+    apart, expected = (flex.dense_mask(x, sliding_window=40)[0, 0] for x in (layout, together))
+    assert torch.equal(apart[order][:, order], expected)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_work_counts_documents_not_chunks(prepared, window):
     row = prepared.row(0)
     layout = collate(prepared, [0], pattern=pattern_of(prepared))["layout"]
     pairs = attended_pairs(
         row.document_lengths(),
         pattern=pattern_of(prepared),
         anchor_placement=prepared.anchor_placement,
+        windows=(window,),
     )
-    assert pairs == flex.dense_mask(layout).sum().item()
+    assert pairs == flex.dense_mask(layout, sliding_window=window).sum().item()

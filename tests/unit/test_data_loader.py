@@ -16,13 +16,9 @@ import torch
 from data_samples import BOS, byte_tokenizer, prepare, write_texts
 
 from anchor_context.attention.patterns import PATTERNS
-from anchor_context.data.loader import (
-    check_same_stream,
-    collate,
-    make_loader,
-    stream_origin,
-)
+from anchor_context.data.loader import collate, make_loader
 from anchor_context.data.rows import PAD_PIECE
+from anchor_context.data.stream import check_machines_agree, check_same_stream, stream_origin
 from anchor_context.layout import IGNORE_INDEX
 
 SPLITS = [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)]
@@ -40,6 +36,19 @@ def batches(prepared, count=None, **options):
     defaults = {"pattern": "anchor", "seed": 0, "batch_size": 1, "accumulation": 1}
     defaults |= {"data_rank": 0, "data_degree": 1}
     return list(islice(make_loader(prepared, **(defaults | options)), count))
+
+
+def test_the_totals_are_those_of_the_steps(prepared):
+    """Also where rows come several times, and where the last step is filled up."""
+    rows = len(prepared)
+    for steps, first, end in ((3, 4, None), (2 * rows // 4 + 1, 0, 2 * rows)):
+        how = {"batch_size": 4, "first_row": first, "total_rows": end}
+        seen = batches(prepared, steps, **how)
+        loader = make_loader(
+            prepared, pattern="anchor", seed=0, accumulation=1, data_rank=0, data_degree=1, **how
+        )
+        tokens, pairs = (sum(b[key] for b in seen) for key in ("step_tokens", "step_pairs"))
+        assert loader.dataset.totals(len(seen)) == (tokens, pairs)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "ranks"), SPLITS)
@@ -132,8 +141,8 @@ def test_a_place_in_the_stream_is_the_same_rows_or_refused(tmp_path):
     other = write_texts(tmp_path / "other.jsonl", ["k" + texts[0][1:], *texts[1:]])
     for flag, here in (
         ("--seed is 1 here and was 0", (data, {}, 1)),
-        ("--seq-length is 32 here and was 64", (data, {"row_length": 32}, 0)),
-        ("--packing is best_fit here and was concat", (data, {"strategy": "best_fit"}, 0)),
+        ("--seq-length is 32 here and was 64", (data, {"seq_length": 32}, 0)),
+        ("--packing is best_fit here and was concat", (data, {"packing": "best_fit"}, 0)),
         (r"--dataset \(its content\) is", (other, {}, 0)),
         ("its tokenizer", (data, {"tokenizer": byte_tokenizer(words=("aa",))}, 0)),
     ):
@@ -192,7 +201,7 @@ def test_a_batch_against_a_plain_loop(prepared):
 def test_padding_is_no_long_document(tmp_path, placement):
     """It costs little attention, and a sliding window as long as the documents hides nothing."""
     data = write_texts(tmp_path / "d.jsonl", ["a" * 150, "b" * 199, "c" * 170])
-    rows = prepare(data, tmp_path, anchor_placement=placement, row_length=1000)
+    rows = prepare(data, tmp_path, anchor_placement=placement, seq_length=1000)
     longest = 200 + (placement == "per_document")
     assert rows.longest_document == longest and rows.row(0).pad_count > 2 * PAD_PIECE
     pattern = "anchor" if placement == "per_document" else "intra_doc"
@@ -214,10 +223,12 @@ def test_the_longest_document_is_found_among_rows_with_and_without_padding(prepa
     assert prepared.longest_document == expected
 
 
-@pytest.mark.parametrize("pattern", [name for name in PATTERNS if name != "anchor"])
+@pytest.mark.parametrize(
+    "pattern", [name for name, pattern in PATTERNS.items() if not pattern.anchored]
+)
 def test_the_other_patterns_take_rows_without_anchors(tmp_path, pattern):
     data = write_texts(tmp_path / "d.jsonl", ["abc", "defgh"])
-    plain = prepare(data, tmp_path, anchor_placement="none", row_length=12)
+    plain = prepare(data, tmp_path, anchor_placement="none", seq_length=12)
     batch = collate(plain, [0, -1], pattern=pattern)
     assert batch["layout"].pattern == pattern
     with pytest.raises(ValueError, match="does not go with the pattern 'anchor'"):
@@ -272,3 +283,11 @@ def test_a_worker_outlives_a_schedulers_signal_but_not_its_rank(prepared):
     )
     assert finished.stdout == "twenty more\n", finished.stderr[-2000:]
     assert finished.returncode == 0
+
+
+def test_machines_that_prepared_different_rows_are_named():
+    stream = {"--seed": 0, "--dataset (its content)": "abc"}
+    check_machines_agree([stream, dict(stream)])
+    says = r"different rows: --dataset \(its content\) is abc on rank 0 and def on rank 2"
+    with pytest.raises(ValueError, match=says):
+        check_machines_agree([stream, stream, stream | {"--dataset (its content)": "def"}])

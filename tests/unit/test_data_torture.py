@@ -14,7 +14,7 @@ from data_samples import file_bytes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from anchor_context.data.packing import open_rows
+from anchor_context.data.rows import open_rows
 
 pytestmark = pytest.mark.slow
 
@@ -79,11 +79,7 @@ def resident_bytes(process: psutil.Process) -> int:
     return total
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_a_gigabyte_is_prepared_in_bounded_memory(tmp_path, model, num_proc):
-    documents, tokens = write_lines(tmp_path / "d.jsonl", megabytes=1024)
-    more = ("--num_proc", str(num_proc), "--packing", "best_fit")
-    process = start(tmp_path / "d.jsonl", model, tmp_path / "c", *more)
+def peak_bytes(process: subprocess.Popen) -> int:
     watched, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         try:
@@ -92,9 +88,20 @@ def test_a_gigabyte_is_prepared_in_bounded_memory(tmp_path, model, num_proc):
             break
         time.sleep(0.1)
     finish(process)
+    return peak
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_gigabyte_is_prepared_in_bounded_memory(tmp_path, model, num_proc):
+    """Beyond what the processes take for themselves: with PyTorch for CUDA that is half a gigabyte each."""
+    more = ("--num_proc", str(num_proc), "--packing", "best_fit")
+    write_lines(tmp_path / "few.jsonl", megabytes=32)
+    little = peak_bytes(start(tmp_path / "few.jsonl", model, tmp_path / "few", *more))
+    documents, tokens = write_lines(tmp_path / "d.jsonl", megabytes=1024)
+    peak = peak_bytes(start(tmp_path / "d.jsonl", model, tmp_path / "c", *more))
     report = only_set(tmp_path / "c").report
     assert (report["documents"], report["document_tokens"]) == (documents, tokens)
-    assert 100e6 < peak < 1.5e9, f"{peak:,} bytes"
+    assert little > 100e6 and peak - little < 0.3e9, f"{peak:,} bytes, {little:,} for 32 MB"
 
 
 def test_killed_at_random_moments_it_gives_the_same_rows(tmp_path, model):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+from anchor_context.integrations.trainers import patch_model
 from anchor_context.library_modified_files.document_aware import document_aware
-from anchor_context.plug import patch_model
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2]])
 CAUSAL = torch.ones(6, 6).tril().bool()
@@ -150,10 +150,30 @@ def test_both_ways_compute_values_shorter_than_keys(intra_doc, engine, value_siz
 
 
 @pytest.mark.parametrize(
+    ("engine", "settings"),
+    [
+        ("flash", {"s_aux": torch.tensor([-1.0, 0.0, 1.0, 3.0])}),
+        ("flex", {"s_aux": torch.tensor([-1.0, 0.0, 1.0, 3.0])}),
+        ("flex", {"softcap": 0.5}),
+    ],
+)
+def test_both_ways_compute_sinks_and_caps(intra_doc, engine, settings):
+    q, k, v = qkv()
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(2, 1)) / 8**0.5
+    if "softcap" in settings:
+        scores = 0.5 * torch.tanh(scores / 0.5)
+    weights = scores.masked_fill(~own_documents([3, 3]), -torch.inf).exp()
+    total = weights.sum(-1, keepdim=True)
+    if "s_aux" in settings:
+        total = total + settings["s_aux"].double().exp()[:, None, None]
+    expected = (weights / total) @ v.repeat_interleave(2, 1)
+    for way in ways(engine):
+        torch.testing.assert_close(way(q, k, v, **settings), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
     ("setting", "name"),
     [
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"position_bias": torch.zeros(1, 4, 6, 6)}, "position_bias"),
         ({"dropout": 0.1}, "attention dropout"),
     ],
@@ -170,3 +190,15 @@ def test_importing_it_inside_transformers_import_loads_no_more_of_transformers()
     code = "import sys, anchor_context.library_modified_files.document_aware\n"
     code += "assert 'torch' in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("engine", ["flash", "flex"])
+def test_a_script_that_compiles_its_model_attends_the_same(intra_doc, engine):
+    function = document_aware(library_function, engine=engine)
+    compiled = torch.compile(
+        lambda positions: function(Layer(), *qkv(), None, position_ids=positions)[0] * 2,
+        backend="aot_eager",
+    )
+    for positions in (POSITIONS, torch.tensor([[0, 1, 0, 1, 2, 3]])):
+        expected, _ = function(Layer(), *qkv(), None, position_ids=positions)
+        torch.testing.assert_close(compiled(positions), expected * 2)

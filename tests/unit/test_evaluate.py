@@ -12,21 +12,21 @@ import sys
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from rigged_model import RiggedModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from anchor_context import evaluate
-from anchor_context.attention.patterns import make_layout
+from anchor_context.attention.patterns import find_anchor_id, make_layout
 from anchor_context.attention.reference import attend
-from anchor_context.data.packing import find_anchor_id
 from anchor_context.demo import standard_library_texts, tiny_llama, train_tokenizer
-from anchor_context.evaluation import perplexity
-from anchor_context.evaluation.perplexity import perplexity_rows, position_ranges, token_losses
-from anchor_context.evaluation.plots import heat_map, perplexity_curve
-from anchor_context.evaluation.prompts import (
+from anchor_context.evaluate import __main__ as evaluate
+from anchor_context.evaluate import perplexity
+from anchor_context.evaluate.generation import greedy
+from anchor_context.evaluate.perplexity import perplexity_rows, position_ranges, token_losses
+from anchor_context.evaluate.plots import heat_map, loss_by_position, perplexity_curve
+from anchor_context.evaluate.prompts import (
     TASKS,
     Haystack,
     make_prompts,
@@ -34,8 +34,8 @@ from anchor_context.evaluation.prompts import (
     pieces_of,
     varied_sentences,
 )
-from anchor_context.evaluation.retrieval import Answer, accuracies, answer_prompts, first_number
-from anchor_context.models import set_attention
+from anchor_context.evaluate.retrieval import Answer, accuracies, answer_prompts, first_number
+from anchor_context.integrations.models import set_attention
 from tests.model_coverage import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -59,32 +59,11 @@ def tokenizer(tiny):
     return AutoTokenizer.from_pretrained(tiny / "model")
 
 
-class CopyingModel:
-    """Answers with the number that the prompt hides, as a model that retrieves perfectly would."""
-
-    device = torch.device("cpu")
-    config = SimpleNamespace()
-    generation_config = GenerationConfig()
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.batches = []
-
-    def generate(self, prompts, *, attention_mask, generation_config):
-        assert not generation_config.do_sample and attention_mask.all()
-        self.batches.append(tuple(prompts.shape))
-        texts = self.tokenizer.batch_decode(prompts)
-        hidden = [
-            re.search(r"(?:secret number of \w+|pass key) is (\d+)", text)[1] for text in texts
-        ]
-        answers = [f" {number}. And so on, 12." for number in hidden]
-        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
-        new = [row[: generation_config.max_new_tokens] for row in ids]
-        width = max(map(len, new))
-        pad = generation_config.pad_token_id
-        return torch.cat(
-            (prompts, torch.tensor([row + [pad] * (width - len(row)) for row in new])), dim=1
-        )
+def copied(prompt: str) -> str:
+    """The number that the prompt hides, as a model that retrieves perfectly would answer."""
+    # A prompt that the estimate cuts short may hide nothing.
+    number = re.search(r"(?:secret number of \w+|pass key) is (\d+)|$", prompt)[1]
+    return f" {number}. And so on, 12."
 
 
 def prompts_of(tokenizer, task: str, length: int, depths: list[float], trials: int = 2) -> list:
@@ -154,7 +133,7 @@ def run(*flags: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_copying_model_finds_everything(tiny, tokenizer, task, tmp_path, monkeypatch):
-    model = CopyingModel(tokenizer)
+    model = RiggedModel(tokenizer, copied)
     monkeypatch.setattr(evaluate, "load_model", lambda path, device: model)
     flags = ("--lengths", "192,256", "--depths", "0,30,100", "--trials", "3", "--batch-size", "4")
     run(task, "--model", tiny / "model", "--out", tmp_path, *flags)
@@ -179,7 +158,7 @@ def test_a_random_model_finds_nothing(tiny, task, tmp_path):
 
 def test_batches_do_not_change_the_answers(tiny, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
-    generate = evaluate.greedy(model, pad_id=tokenizer.eos_token_id)
+    generate = greedy(model, pad_id=tokenizer.eos_token_id)
     prompts = prompts_of(tokenizer, "passkey", 128, [0, 50, 100])
     one, three = (answer_prompts(generate, prompts, tokenizer, batch_size=size) for size in (1, 3))
     assert one == three and len(one) == 6
@@ -203,7 +182,7 @@ def test_generation_is_plain_greedy_whatever_the_models_generation_config_says(t
         eos_token_id=tokenizer.eos_token_id,
     )
     model.generation_config = own
-    generate = evaluate.greedy(model, pad_id=tokenizer.bos_token_id)
+    generate = greedy(model, pad_id=tokenizer.bos_token_id)
     assert generate(prompts, new_tokens=8).tolist() == expected.tolist()
     assert model.generation_config is own
     own.eos_token_id = [repeated]  # what ends an answer is the model's own
@@ -265,6 +244,16 @@ def test_logits_in_pieces_are_the_models_own(family, behind_the_head, monkeypatc
     assert torch.allclose(logits, bare) != bool(behind_the_head), "the case shows nothing"
 
 
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")]
+)
+def test_a_model_is_loaded_with_an_attention_that_computes_its_scores(family, attention, tmp_path):
+    """PyTorch's caps none, and has no sinks."""
+    tiny_model(family, window=4096).save_pretrained(tmp_path)
+    model = evaluate.load_model(str(tmp_path), torch.device("cpu"))
+    assert model.config._attn_implementation == attention
+
+
 def test_plain_causal_attention_is_anchor_attention_on_one_document(tiny):
     plain = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float64).eval()
     anchored = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float64).eval()
@@ -304,6 +293,14 @@ def test_perplexity_by_position():
     assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx(
         [row["perplexity"] for row in rows if row["kind"] == "position"]
     )
+    alone = perplexity_curve(perplexity_rows(losses[:1], [256]), title="ppl").axes[0]
+    assert [text.get_text() for text in alone.get_legend().get_texts()] == ["1 document"]
+
+
+def test_steps_beside_the_curves_are_whole_numbers():
+    curves = {"eval_loss_by_position": {"1": 2.0}, "eval_loss_alone_by_position": {"1": 2.0}}
+    *_, bar = loss_by_position([{"step": step, **curves} for step in (2, 4)]).axes
+    assert all(tick == int(tick) for tick in bar.get_yticks())
 
 
 def test_perplexity_of_a_checkpoint(tiny, tmp_path, capsys):
@@ -335,6 +332,13 @@ def test_perplexity_of_another_column_with_damaged_records(tiny, tmp_path, capsy
     found = json.loads((tmp_path / "ppl.json").read_text())["results"]
     run(*flags, "--dataset", tiny / "documents.jsonl", "--text-column", "text")
     assert json.loads((tmp_path / "ppl.json").read_text())["results"] == found
+
+
+def test_special_tokens_written_in_a_haystack_are_text(tokenizer):
+    haystack = Haystack(
+        pieces_of("The tag <s> opens, and </s> closes. " * 20), tokenizer, length=99
+    )
+    assert not set(tokenizer.all_special_ids) & set(haystack.token_ids)
 
 
 def test_a_haystack_of_ones_own(tiny, tokenizer, tmp_path):
@@ -396,7 +400,7 @@ def test_the_nearest_sentences_end_is_taken_unless_it_is_far_off(tokenizer):
 
 
 def test_the_real_depth_is_recorded(tiny, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", lambda path, device: CopyingModel(tokenizer))
+    monkeypatch.setattr(evaluate, "load_model", lambda path, device: RiggedModel(tokenizer, copied))
     (tmp_path / "text.txt").write_text("天地玄黄宇宙洪荒" * 200)
     flags = ("--lengths", "512", "--depths", "0,50", "--trials", "1", "--out", tmp_path)
     run("needle", "--model", tiny / "model", *flags, "--haystack", tmp_path / "text.txt")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from transformers.integrations import HfDeepSpeedConfig
 
-from anchor_context.launch import exit_code
+from anchor_context.launch import exit_code, plan_in_one_process
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -56,3 +57,25 @@ def test_there_is_a_launch_config_for_every_kind_of_machine():
         "single_node": 8,
         "two_node": 16,
     }
+
+
+TWO_NODES = "--config_file accelerate_configs/two_node.yaml --machine_rank 1"
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "flags"),
+    [
+        (f"{TWO_NODES} train.py --plan_only", 1, "--plan_only --plan_ranks 16"),
+        (f"{TWO_NODES} --num_processes 4 train.py --plan-only", 1, "--plan-only --plan_ranks 4"),
+        (f"{TWO_NODES} train.py --plan-ranks=2 --plan_only", 1, "--plan-ranks=2 --plan_only"),
+        ("train.py --plan_only", 1, "--plan_only"),  # as many as launched: who knows
+        (f"{TWO_NODES} train.py --seed 1", None, "--seed 1"),
+    ],
+)
+def test_a_plan_takes_one_process_which_is_told_of_all(words, processes, flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = launch_command_parser().parse_args(words.split())
+    plan_in_one_process(settings)
+    machines = (settings.num_machines, settings.machine_rank)
+    assert (settings.num_processes, settings.training_script_args) == (processes, flags.split())
+    assert machines == ((1, 0) if processes else (None, 1))

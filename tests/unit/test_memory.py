@@ -1,41 +1,37 @@
-"""Checkpointing and tiled MLPs compute what they replace; `auto` follows device and row length."""
+"""Checkpointing, offloading and tiled MLPs compute what they replace; Liger changes one model alone."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    Glm4Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Phi3Config,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Starcoder2Config,
 )
 from transformers.models.llama import modeling_llama
 
-from anchor_context import memory
 from anchor_context.attention.patterns import make_layout
 from anchor_context.engine import make_engine
-from anchor_context.loss import CausalLMWithLoss
-from anchor_context.memory import MemoryPlan, apply_memory_plan, choose_memory_plan, tile_mlps
-from anchor_context.models import set_attention
+from anchor_context.integrations.models import set_attention
+from anchor_context.loss import CausalLMWithLoss, tiled_loss
+from anchor_context.memory import treatments
+from anchor_context.memory.liger import apply_liger
+from anchor_context.memory.treatments import TreatedModel, Treatment, tile_mlps
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-NOTHING = MemoryPlan("none", "", False, "", False, "")
+NOTHING = Treatment()
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -81,7 +77,7 @@ def loss_and_gradients(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
     """After a scaling of the loss, as training does it, and of two micro-batches added up."""
     model.zero_grad()
     for scale in (0.37, 0.11):
-        loss_sum, _ = CausalLMWithLoss(model, fused=False)(**batch)
+        loss_sum, _ = CausalLMWithLoss(model, tiled_loss)(**batch)
         (loss_sum * scale).backward()
     return loss_sum.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -91,20 +87,27 @@ def relative_error(got: dict, want: dict) -> float:
     return max(((got[k] - want[k]).norm() / want[k].norm()).item() for k in want)
 
 
-PLANS = {
-    "full": replace(NOTHING, gradient_checkpointing="full"),
-    "tiled": replace(NOTHING, tiled_mlp=True),
-    "tiled and full": replace(NOTHING, gradient_checkpointing="full", tiled_mlp=True),
+def treated(model, treatment: Treatment, *, tokens: int = 2 * TOKENS):
+    TreatedModel(model, tiles=treatment.tiled_mlp)(treatment, tokens)
+    return model
+
+
+TREATMENTS = {
+    "full": Treatment(checkpoint_every=1),
+    "every 2nd": Treatment(checkpoint_every=2),
+    "offload": Treatment(checkpoint_every=1, offload=True),
+    "tiled": Treatment(tiled_mlp=True),
+    "tiled and full": Treatment(checkpoint_every=1, tiled_mlp=True),
 }
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", PLANS)
-def test_a_plan_changes_no_loss_and_no_gradient(name, tied, monkeypatch):
-    monkeypatch.setattr(memory, "TILE_TOKENS", 40)  # 192 tokens: 5 tiles, the last one short
+@pytest.mark.parametrize("name", TREATMENTS)
+def test_a_treatment_changes_no_loss_and_no_gradient(name, tied, monkeypatch):
+    monkeypatch.setattr(treatments, "TILE_TOKENS", 40)  # 192 tokens: 5 tiles, the last one short
     plain, batch = model_and_batch(tied=tied)
     planned, _ = model_and_batch(tied=tied)
-    apply_memory_plan(planned, PLANS[name])
+    treated(planned, TREATMENTS[name])
     loss, gradients = loss_and_gradients(plain, batch)
     planned_loss, planned_gradients = loss_and_gradients(planned, batch)
     assert planned_loss == pytest.approx(loss, rel=1e-6)
@@ -112,8 +115,7 @@ def test_a_plan_changes_no_loss_and_no_gradient(name, tied, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_s_mlps_are_tiled_and_restored(family, monkeypatch):
-    monkeypatch.setattr(memory, "TILE_TOKENS", 50)
+def test_every_family_s_mlps_are_tiled_and_whole_again(family):
     model, batch = model_and_batch(family)
     rows = []
     model.model.layers[1].mlp.up_proj.register_forward_hook(
@@ -123,20 +125,20 @@ def test_every_family_s_mlps_are_tiled_and_restored(family, monkeypatch):
     assert set(rows) == {2 * TOKENS}
 
     rows.clear()
-    undo = tile_mlps(model)
+    tiling = tile_mlps(model)
+    tiling.tiles = 4
     tiled_loss, tiled_gradients = loss_and_gradients(model, batch)
     assert tiled_loss == pytest.approx(loss, rel=1e-6)
     assert relative_error(tiled_gradients, gradients) < 1e-5
     assert max(rows) == 48 and sum(rows) == 2 * 2 * 2 * TOKENS  # forward and again in backward
 
     rows.clear()
-    undo()
+    tiling.tiles = 1
     assert loss_and_gradients(model, batch)[0] == loss
     assert set(rows) == {2 * TOKENS}
 
 
-def test_one_instance_is_tiled_and_no_other(monkeypatch):
-    monkeypatch.setattr(memory, "TILE_TOKENS", 50)
+def test_one_instance_is_tiled_and_no_other():
     first, _ = model_and_batch()
     second, _ = model_and_batch()
     tile_mlps(first)
@@ -144,15 +146,24 @@ def test_one_instance_is_tiled_and_no_other(monkeypatch):
     assert not any("forward" in vars(layer.mlp) for layer in second.model.layers)
 
 
-@pytest.mark.parametrize("tokens", range(1, 60))
-def test_the_last_tile_hands_the_gradient_on(tokens, monkeypatch):
-    # DeepSpeed marks a weight's gradient as ready at tile number `shards`, not at the last tile: a count
-    # that torch.chunk does not reach (6 chunks of 10 tokens are 5) would leave it unready for good.
-    monkeypatch.setattr(memory, "TILE_TOKENS", 7)
+@pytest.mark.parametrize("tiles", [2, 3, 7])
+@pytest.mark.parametrize("tokens", range(1, 24))
+def test_there_are_as_many_tiles_as_asked_for_and_the_last_hands_the_gradient_on(tokens, tiles):
+    # Every tile is a gathering of ZeRO-3, of which ranks must have equally many, also with fewer tokens than
+    # tiles. And DeepSpeed marks a weight's gradient as ready at tile number `tiles`, not at the last tile: a
+    # count that torch.chunk does not reach (6 chunks of 10 tokens are 5) would leave it unready for good.
     model, _ = model_and_batch()
     mlp = model.model.layers[0].mlp
-    tile_mlps(model)
-    mlp(torch.randn(1, tokens, 32, requires_grad=True)).sum().backward()
+    x = torch.randn(1, tokens, 32, requires_grad=True)
+    whole = mlp(x)
+    calls = []
+    mlp.up_proj.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    tile_mlps(model).tiles = tiles
+    tiled = mlp(x)
+    assert len(calls) == tiles
+    torch.testing.assert_close(tiled, whole)
+    tiled.sum().backward()
+    assert len(calls) == 2 * tiles
     assert all(getattr(p, "ds_grad_is_ready", True) for p in mlp.parameters())
     assert all(p.grad.abs().sum() > 0 for p in mlp.parameters())
 
@@ -160,9 +171,9 @@ def test_the_last_tile_hands_the_gradient_on(tokens, monkeypatch):
 def test_checkpointing_keeps_one_input_per_layer():
     """What autograd holds between forward and backward."""
 
-    def saved_bytes(plan: MemoryPlan) -> int:
+    def saved_bytes(treatment: Treatment) -> int:
         model, batch = model_and_batch()
-        apply_memory_plan(model, plan)
+        treated(model, treatment)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         held = {}
 
@@ -174,11 +185,11 @@ def test_checkpointing_keeps_one_input_per_layer():
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             # `batch` and the loss hold on to every saved storage, so no address is used twice.
-            loss_sum, _ = CausalLMWithLoss(model, fused=False)(**batch)
+            loss_sum, _ = CausalLMWithLoss(model, tiled_loss)(**batch)
         assert loss_sum.requires_grad
         return sum(held.values())
 
-    assert saved_bytes(PLANS["full"]) < saved_bytes(NOTHING) / 2
+    assert saved_bytes(TREATMENTS["full"]) < saved_bytes(NOTHING) / 2
 
 
 def test_a_model_without_such_mlps_is_refused():
@@ -221,11 +232,12 @@ def stand_in_for_liger(monkeypatch):
 
 
 def test_liger_changes_one_model_and_no_loss(stand_in_for_liger, monkeypatch):
-    monkeypatch.setattr(memory, "TILE_TOKENS", 50)
+    monkeypatch.setattr(treatments, "TILE_TOKENS", 50)
     names = dict(vars(modeling_llama))
     plain, batch = model_and_batch()
     planned, _ = model_and_batch()
-    apply_memory_plan(planned, replace(NOTHING, liger=True, tiled_mlp=True))
+    apply_liger(planned)
+    treated(planned, Treatment(tiled_mlp=True))
     assert vars(modeling_llama) == names
     assert stand_in_for_liger == {
         "rms_norm": True,
@@ -244,109 +256,7 @@ def test_a_rotation_that_liger_leaves_out_stays_the_model_s_own(stand_in_for_lig
     """As GLM-4's, which turns neighbouring entries together: Liger's would be another one."""
     plain, batch = model_and_batch("mistral")
     planned, _ = model_and_batch("mistral")
-    apply_memory_plan(planned, replace(NOTHING, liger=True))
+    apply_liger(planned)
     assert stand_in_for_liger["swiglu"] and not stand_in_for_liger["rope"]
     assert loss_and_gradients(planned, batch)[0] == loss_and_gradients(plain, batch)[0]
     assert "rotations" not in stand_in_for_liger
-
-
-def test_liger_without_kernels_for_the_model_is_refused(stand_in_for_liger, monkeypatch):
-    monkeypatch.setattr(memory, "liger_available", lambda device: True)
-    model, _ = model_and_batch("qwen3")
-    asked = {"device": CUDA, "row_tokens_per_rank": 16}
-    plan = choose_memory_plan(model, **asked)
-    assert not plan.liger and "no kernels for qwen3" in plan.liger_reason
-    with pytest.raises(ValueError, match="--liger yes.*qwen3"):
-        choose_memory_plan(model, liger="yes", **asked)
-
-
-# --- the choice -----------------------------------------------------------------------------------
-
-LLAMA, _ = model_and_batch()
-
-
-@pytest.mark.parametrize(
-    ("device", "tokens", "expected"),
-    [
-        (CPU, 4_096, ("none", False)),
-        (CPU, 65_536, ("full", False)),
-        (CPU, 1_048_576, ("full", True)),  # what the CPU holds need not be offloaded
-        (CUDA, 4_096, ("none", False)),
-        (CUDA, 8_192, ("full", False)),
-        (CUDA, 131_072, ("full", True)),
-        (CUDA, 262_144, ("offload", True)),
-    ],
-)
-def test_auto_follows_device_and_row_length(device, tokens, expected):
-    plan = choose_memory_plan(LLAMA, device=device, row_tokens_per_rank=tokens)
-    assert (plan.gradient_checkpointing, plan.tiled_mlp) == expected
-    for reason in (plan.gradient_checkpointing_reason, plan.tiled_mlp_reason):
-        assert f"{tokens:,} tokens" in reason and reason in str(plan)
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("tiled", ["yes", "no"])
-def test_what_a_flag_says_is_done(checkpointing, tiled):
-    plan = choose_memory_plan(
-        LLAMA,
-        device=CPU,
-        row_tokens_per_rank=16,
-        gradient_checkpointing=checkpointing,
-        tiled_mlp=tiled,
-        liger="no",
-    )
-    assert (plan.gradient_checkpointing, plan.tiled_mlp) == (checkpointing, tiled == "yes")
-    assert (plan.liger, plan.liger_reason) == (False, "--liger")
-    assert plan.tiled_mlp_reason == "--tiled_mlp"
-    assert plan.gradient_checkpointing_reason == "--gradient_checkpointing"
-
-
-def test_offload_on_the_cpu_is_full_and_says_so():
-    asked = {"row_tokens_per_rank": 16, "gradient_checkpointing": "offload"}
-    assert choose_memory_plan(LLAMA, device=CUDA, **asked).gradient_checkpointing == "offload"
-    plan = choose_memory_plan(LLAMA, device=CPU, **asked)
-    assert plan.gradient_checkpointing == "full"
-    assert "offload asked for" in plan.gradient_checkpointing_reason
-
-
-def test_a_model_that_transformers_cannot_checkpoint_is_not_checkpointed(monkeypatch):
-    monkeypatch.setattr(type(LLAMA), "supports_gradient_checkpointing", False)
-    asked = {"device": CPU, "row_tokens_per_rank": 1_048_576}
-    plan = choose_memory_plan(LLAMA, **asked)
-    assert plan.gradient_checkpointing == "none"
-    assert plan.gradient_checkpointing_reason == "transformers cannot checkpoint llama"
-    with pytest.raises(ValueError, match="--gradient_checkpointing full cannot work here"):
-        choose_memory_plan(LLAMA, gradient_checkpointing="full", **asked)
-
-
-@pytest.mark.parametrize("family", [Phi3Config, Starcoder2Config, Glm4Config])
-def test_auto_tiles_no_other_mlps(family):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    model = AutoModelForCausalLM.from_config(family(**sizes, **heads, pad_token_id=0))
-    asked = {"device": CPU, "row_tokens_per_rank": 1_048_576}
-    plan = choose_memory_plan(model, **asked)
-    assert not plan.tiled_mlp and f"{family.model_type} has no MLP" in plan.tiled_mlp_reason
-    apply_memory_plan(model, plan)
-    with pytest.raises(ValueError, match=f"--tiled_mlp yes.*{family.model_type}"):
-        choose_memory_plan(model, tiled_mlp="yes", **asked)
-
-
-@pytest.mark.parametrize("installed", [False, True])
-def test_liger_runs_where_it_can(installed, stand_in_for_liger, monkeypatch):
-    monkeypatch.setattr(memory, "liger_available", lambda device: installed)
-    on_gpu = choose_memory_plan(LLAMA, device=CUDA, row_tokens_per_rank=16)
-    assert on_gpu.liger is installed
-    assert ("installed" if installed else "pip install liger-kernel") in on_gpu.liger_reason
-    on_cpu = choose_memory_plan(LLAMA, device=CPU, row_tokens_per_rank=16)
-    assert not on_cpu.liger and "cpu" in on_cpu.liger_reason
-    with pytest.raises(ValueError, match="--liger yes"):
-        choose_memory_plan(LLAMA, device=CPU, row_tokens_per_rank=16, liger="yes")
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"), [("gradient_checkpointing", "some"), ("tiled_mlp", "on"), ("liger", "cpu")]
-)
-def test_an_unknown_value_names_the_choices(flag, value):
-    with pytest.raises(ValueError, match=rf"--{flag} {value}.*auto"):
-        choose_memory_plan(LLAMA, device=CPU, row_tokens_per_rank=16, **{flag: value})

@@ -8,7 +8,9 @@ import torch
 from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
-    Gemma2Config,
+    BertConfig,
+    Gemma3TextConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -18,7 +20,7 @@ from transformers import (
 
 from anchor_context.attention.patterns import make_layout
 from anchor_context.engine import make_engine
-from anchor_context.models import check_scores, set_attention
+from anchor_context.integrations.models import check_layers, set_attention
 
 SHAPE = {
     "hidden_size": 32,
@@ -172,20 +174,33 @@ def test_a_call_without_a_layout_is_an_error_not_plain_attention():
 def test_a_sliding_window_reaches_the_engine():
     batch = placed("per_document")
     model = tiny_model(MistralConfig, sliding_window=4)
-    set_attention(model, attend("flash"))
-    with pytest.raises(ValueError, match="sliding_window=4"):
-        logits(model, batch)
-    set_attention(model, attend("flex"))
-    windowed = logits(model, batch)
     set_attention(model, attend("reference"))
-    assert torch.allclose(windowed, logits(model, batch), rtol=0, atol=1e-12)
+    windowed = logits(model, batch)
+    for engine in ("flash", "flex"):
+        set_attention(model, attend(engine))
+        assert torch.allclose(windowed, logits(model, batch), rtol=0, atol=1e-12)
     model.config.sliding_window = None
     assert not torch.allclose(windowed, logits(model, batch), rtol=0, atol=1e-6)
 
 
-def test_a_model_that_scores_otherwise_is_refused():
-    with pytest.raises(ValueError, match="attn_logit_softcapping"):
-        check_scores(Gemma2Config())
+def test_a_model_of_other_layers_is_refused():
+    config = Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    with pytest.raises(ValueError, match="layers of the kind conv"):
+        check_layers(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (Gemma3TextConfig, {"use_bidirectional_attention": True}),  # EmbeddingGemma
+        (BertConfig, {"is_decoder": False}),
+    ],
+)
+def test_a_model_that_looks_ahead_is_refused_not_made_causal(family, changes):
+    model, batch = tiny_model(family, **changes), placed("shared")
+    set_attention(model, attend("flex"))
+    with pytest.raises(ValueError, match="lets tokens see later ones"):
+        logits(model, batch)
 
 
 def test_saved_models_carry_no_trace(tmp_path):

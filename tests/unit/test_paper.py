@@ -85,7 +85,7 @@ def test_a_step_moves_the_masters_and_rounds_them_into_the_model(paper, size, da
     config, start = started
     variants = paper.extended(config, start, size, torch.device("cpu"))
     (variant,) = [v for v in variants if (v.pattern, v.precision) == ("anchor", "bf16")]
-    paper.train([variant], data.long, tokens=size.step_tokens, seed=0)
+    paper.train([variant], data.long, steps=size.long_steps, tokens=size.step_tokens, seed=0)
     assert len(variant.losses) == len(variant.seconds) == size.long_steps
     (last,) = variant.optimizer.param_groups
     assert last["lr"] == pytest.approx(size.long_rate * 5 / 6), (
@@ -103,10 +103,10 @@ def test_a_step_moves_the_masters_and_rounds_them_into_the_model(paper, size, da
 def test_no_variant_steps_before_another_as_a_rule(paper, size, data):
     order = []
     variants = [
-        SimpleNamespace(steps=40, step=lambda batch, name=name: order.append(name))
+        SimpleNamespace(step=lambda batches, name=name: order.append(name))
         for name in paper.PATTERNS
     ]
-    paper.train(variants, data.long, tokens=size.step_tokens, seed=0)
+    paper.train(variants, data.long, steps=40, tokens=size.step_tokens, seed=0)
     turns = [order[i : i + 4] for i in range(0, 160, 4)]
     assert len(order) == 160 and all(set(turn) == set(paper.PATTERNS) for turn in turns)
     for one, other in permutations(paper.PATTERNS, 2):
@@ -114,6 +114,8 @@ def test_no_variant_steps_before_another_as_a_rule(paper, size, data):
 
 
 def test_patterns_see_the_same_tokens_and_targets_through_other_masks(paper, data):
+    from paper_train import inputs_of
+
     loader = paper.make_loader(
         data.long,
         pattern="anchor",
@@ -124,7 +126,7 @@ def test_patterns_see_the_same_tokens_and_targets_through_other_masks(paper, dat
         data_degree=1,
     )
     batch = next(iter(loader))
-    inputs = {p: paper.inputs_of(batch, p, torch.device("cpu")) for p in paper.PATTERNS}
+    inputs = {p: inputs_of(batch, p, torch.device("cpu")) for p in paper.PATTERNS}
     assert len(batch["layout"].cu_seqlens) > 2 + 1, "several documents in a row"
     for pattern, given in inputs.items():
         assert torch.equal(given["input_ids"], batch["input_ids"])
@@ -144,7 +146,7 @@ def test_patterns_see_the_same_tokens_and_targets_through_other_masks(paper, dat
 def test_in_float32_the_reset_changes_the_loss_by_rounding_alone(paper, size, data, started):
     config, start = started
     variants = paper.extended(config, start, replace(size, long_steps=1), torch.device("cpu"))
-    paper.train(variants, data.long, tokens=size.step_tokens, seed=0)
+    paper.train(variants, data.long, steps=1, tokens=size.step_tokens, seed=0)
     losses = {(v.pattern, v.precision): v.losses for v in variants}
     seed = {variant: {"losses": of_variant} for variant, of_variant in losses.items()}
     assert paper.reset_gap(seed, "float32") < 1e-5

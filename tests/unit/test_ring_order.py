@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from anchor_context.parallel import ring
-from anchor_context.parallel.account import CommAccount
 from anchor_context.parallel.plan import plan_row
 from anchor_context.parallel.schedule import RingSchedule, make_schedule
+from anchor_context.parallel.traffic import Traffic
 
 RANKS, RANK, HEADS, HEAD_DIM = 4, 1, 2, 8
 ROW = 64
@@ -67,8 +67,8 @@ def calls(monkeypatch) -> list[tuple]:
 def one_document() -> RingSchedule:
     """Zigzag: every rank sends to, and receives from, every other."""
     schedule = make_schedule([plan_row(np.array([0, ROW]), ranks=RANKS)], rank=RANK)
-    assert all(step.send.numel() and step.rectangles for step in schedule.steps[1:])
-    assert schedule.steps[0].rectangles is not None
+    assert all(exchange.send.numel() for exchange in schedule.exchanges[1:])
+    assert all(len(exchange.parts) == 1 for exchange in schedule.exchanges)
     return schedule
 
 
@@ -77,40 +77,42 @@ def tensor(tokens: int = ROW // RANKS) -> torch.Tensor:
 
 
 def settings(calls: list) -> dict:
-    return {"kernel": Kernel(calls), "group": None, "account": CommAccount(), "scale": 1.0}
+    return {"kernel": Kernel(calls), "group": None, "traffic": Traffic(), "scale": 1.0}
 
 
 def test_the_forward_posts_every_message_before_it_computes_and_waits_only_for_the_next(calls):
     schedule = one_document()
     ring.ring_forward(tensor(), tensor(), tensor(), schedule, **settings(calls))
-    others = [(n, step) for n, step in enumerate(schedule.steps) if n > 0]
+    others = [(n, exchange) for n, exchange in enumerate(schedule.exchanges) if n > 0]
 
     expected = []
-    for number, step in others:
-        expected.append(("post", "isend", (RANK + number) % RANKS, step.send.numel()))
-        expected.append(("post", "irecv", (RANK - number) % RANKS, step.receive))
-    expected += [("causal",), ("rectangles", schedule.steps[0].rectangles.keys.numel())]
-    for number, step in others:
-        expected.append(("wait", "isend", (RANK + number) % RANKS, step.send.numel()))
-        expected.append(("wait", "irecv", (RANK - number) % RANKS, step.receive))
-        expected.append(("rectangles", step.rectangles.keys.numel()))
+    for number, exchange in others:
+        expected.append(("post", "isend", (RANK + number) % RANKS, exchange.send.numel()))
+        expected.append(("post", "irecv", (RANK - number) % RANKS, exchange.receive))
+    expected += [("causal",), ("rectangles", schedule.exchanges[0].parts[0].keys.numel())]
+    for number, exchange in others:
+        expected.append(("wait", "isend", (RANK + number) % RANKS, exchange.send.numel()))
+        expected.append(("wait", "irecv", (RANK - number) % RANKS, exchange.receive))
+        expected.append(("rectangles", exchange.parts[0].keys.numel()))
     assert calls == expected
 
 
 def test_the_backward_posts_each_sources_gradient_at_once_and_all_before_its_own_part(calls):
     schedule = one_document()
-    received = [torch.zeros(2, step.receive, HEADS, HEAD_DIM) for step in schedule.steps]
+    received = [
+        torch.zeros(2, exchange.receive, HEADS, HEAD_DIM) for exchange in schedule.exchanges
+    ]
     lse = torch.zeros(HEADS, ROW // RANKS)
     ring.ring_backward(*(tensor() for _ in range(5)), lse, received, schedule, **settings(calls))
-    others = [(n, step) for n, step in enumerate(schedule.steps) if n > 0]
+    others = [(n, exchange) for n, exchange in enumerate(schedule.exchanges) if n > 0]
 
     expected = []
-    for number, step in others:  # back to the source; from the rank that the keys were sent to
-        expected.append(("rectangles", step.rectangles.keys.numel()))
-        expected.append(("post", "isend", (RANK - number) % RANKS, step.receive))
-        expected.append(("post", "irecv", (RANK + number) % RANKS, step.send.numel()))
-    expected += [("rectangles", schedule.steps[0].rectangles.keys.numel()), ("causal",)]
-    for number, step in others:
-        expected.append(("wait", "isend", (RANK - number) % RANKS, step.receive))
-        expected.append(("wait", "irecv", (RANK + number) % RANKS, step.send.numel()))
+    for number, exchange in others:  # back to the source; from the rank that the keys were sent to
+        expected.append(("rectangles", exchange.parts[0].keys.numel()))
+        expected.append(("post", "isend", (RANK - number) % RANKS, exchange.receive))
+        expected.append(("post", "irecv", (RANK + number) % RANKS, exchange.send.numel()))
+    expected += [("rectangles", schedule.exchanges[0].parts[0].keys.numel()), ("causal",)]
+    for number, exchange in others:
+        expected.append(("wait", "isend", (RANK - number) % RANKS, exchange.receive))
+        expected.append(("wait", "irecv", (RANK + number) % RANKS, exchange.send.numel()))
     assert calls == expected

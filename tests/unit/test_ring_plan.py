@@ -55,16 +55,19 @@ def log_normal_rows(row_length: int, *, rows: int, sigma: float, seed: int) -> l
     return found
 
 
-@settings(max_examples=150, deadline=None)
-@given(rows())
-def test_counts_equal_those_of_every_pair_of_tokens(case):
+@settings(max_examples=300, deadline=None)
+@given(rows(), st.none() | st.integers(1, 60), st.booleans())
+def test_counts_equal_those_of_every_pair_of_tokens(case, window, anchored):
     boundaries, ranks = case
-    plan = plan_row(boundaries, ranks=ranks)
+    plan = plan_row(boundaries, ranks=ranks, windows=(window,), anchored=anchored)
     row_length = boundaries[-1]
     owner = np.repeat(plan.owner, plan.row.block)
     document = np.repeat(np.arange(len(boundaries) - 1), np.diff(boundaries))
     query, key = np.tril_indices(row_length)
     seen = document[query] == document[key]
+    if window is not None:
+        is_anchor = key == boundaries[document[query]]
+        seen &= (query - key < window) | (is_anchor & anchored)
     query, key = query[seen], key[seen]
 
     np.testing.assert_array_equal(plan.load, np.bincount(owner[query], minlength=ranks))
@@ -127,6 +130,27 @@ def test_simple_placements_win_where_they_do_as_well():
     assert short.sent_tokens == 0 and short.imbalance == 1
     one = plan_row(np.array([0, 4096]), ranks=4)
     assert one.imbalance == pytest.approx(1) and one.sent_tokens == 0.75 * 3 * 4096
+
+
+@pytest.mark.parametrize(("anchored", "anchors"), [(False, 0), (True, 3)])
+def test_a_window_leaves_contiguous_pieces_in_balance(anchored, anchors):
+    """Each rank needs what the first token of its piece sees, and the anchor; a model with a layer that sees
+    everything is balanced as one."""
+    boundaries = np.array([0, 4096])
+    narrow = plan_row(boundaries, ranks=4, windows=(100,), anchored=anchored)
+    np.testing.assert_array_equal(narrow.owner, np.arange(32) // 8)
+    assert narrow.imbalance < 1.02 and narrow.sent(100) == 3 * 99 + anchors
+    both = plan_row(boundaries, ranks=4, windows=(100, None), anchored=anchored)
+    assert both.imbalance < BALANCE < contiguous_plan(both.row, ranks=4).imbalance
+    assert 0 < both.sent(100) < both.sent(None) == plan_row(boundaries, ranks=4).sent_tokens
+
+
+@pytest.mark.parametrize("window", [64, 1024, 8192])
+def test_rows_are_balanced_through_any_window(window):
+    for boundaries in log_normal_rows(65536, rows=10, sigma=1.4, seed=5):
+        plan = plan_row(boundaries, ranks=8, windows=(window, window, None), anchored=True)
+        assert plan.imbalance <= 1.10
+        assert plan.sent(window) <= plan.sent(None)
 
 
 @pytest.mark.parametrize("per_rank", [2, 3, 8, 11])

@@ -7,10 +7,12 @@ import torch
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     MistralConfig,
+    Olmo3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -19,6 +21,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from anchor_context.rope.float32 import rotate_in_float32
 
 CONFIGS = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
+BY_KIND = (Gemma3TextConfig, Olmo3Config)
+"""With RoPE frequencies for each kind of layer."""
 IDS = torch.arange(96)[None] % 50
 FAR = 5000 + torch.arange(96)[None]
 
@@ -43,7 +47,8 @@ def logits(model) -> torch.Tensor:
         return model(IDS, position_ids=FAR).logits
 
 
-@pytest.mark.parametrize("config_class", CONFIGS)
+# OLMo 3 rotates so by itself.
+@pytest.mark.parametrize("config_class", (*CONFIGS, Gemma3TextConfig))
 def test_bfloat16_changes_and_can_be_undone(config_class):
     model, other = make_model(config_class), make_model(config_class)
     before = logits(model)
@@ -56,7 +61,7 @@ def test_bfloat16_changes_and_can_be_undone(config_class):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("config_class", (*CONFIGS, *BY_KIND))
 def test_float32_is_the_same(config_class):
     model = make_model(config_class, torch.float32)
     before = logits(model)

@@ -95,6 +95,24 @@ def test_install_twice_status_restore_twice(site):
     assert "nothing to do" in run(site, "restore")
 
 
+def test_without_an_action_it_installs(site):
+    """As the original's installation line does."""
+    run(site)
+    assert run(site, "status").count(softlink.INSTALLED) == ALL
+    assert "nothing to do" in run(site)
+
+
+def test_without_an_action_it_asks_once_on_a_terminal(site):
+    before = contents(site)
+    asked = (
+        "softlink.sys.stdin = type('Terminal', (), {'isatty': lambda self: True})()\n"
+        "import builtins\nbuiltins.input = lambda question: print(question) or 'n'"
+    )
+    printed = run(site, before=asked)
+    assert printed.count("[y/N]") == 1 and "nothing changed" in printed
+    assert contents(site) == before
+
+
 def test_one_library_and_dry_run(site):
     before = contents(site)
     assert "sdpa_attention.py ->" in run(site, "install", "--dry-run")

@@ -1,4 +1,4 @@
-"""setup_debugpy: off unless asked for, one rank listens, on this machine only; it frees only what is ours."""
+"""setup_debugpy: off unless asked for, one rank listens, on this machine only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from anchor_context import util
@@ -42,11 +43,10 @@ BREAKPOINT = SCRIPT.splitlines().index('    print(f"rank {rank} total {total}")'
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    """No setting from outside, and a home of its own, where the record of a debug server is kept."""
+def clean(monkeypatch):
+    """No setting from outside."""
     for name in [name for name in os.environ if name.startswith("DEBUGPY")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -97,8 +97,11 @@ def start(tmp_path):
 
 
 def wait_for_server(port: int, process: subprocess.Popen) -> None:
-    """Until the debug port is open and recorded."""
-    while not util._record_file(port).exists():
+    """Until the debug port is open."""
+    while not any(
+        socket.status == psutil.CONN_LISTEN and socket.laddr.port == port
+        for socket in psutil.net_connections("tcp")
+    ):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
 
@@ -123,35 +126,15 @@ def test_an_editor_attaches_to_one_rank_and_the_others_wait(start, port, tmp_pat
     assert f"rank 1 waits for a debugger on localhost:{port}" in told[1]
 
 
-def test_force_frees_a_server_of_this_project_and_no_other(start, port, monkeypatch, tmp_path):
-    (process,) = start(1, DEBUGPY="1", DEBUGPY_PORT=str(port))
-    wait_for_server(port, process)
-    with pytest.raises(ValueError, match=f"DEBUGPY_PORT={port} on localhost is taken"):
-        util._listen("localhost", port, force=False)
-
-    record = util._record_file(port)
-    truth = record.read_text()
-    for lie in (
-        None,
-        {"pid": json.loads(truth)["pid"], "started": 1.0},
-    ):  # another one's; a reused id
-        record.unlink() if lie is None else record.write_text(json.dumps(lie))
-        util._end_our_server(port)
-        assert not util._is_free("127.0.0.1", port)
-    record.write_text(truth)
-    util._end_our_server(port)
-    assert util._is_free("127.0.0.1", port) and not record.exists()
-
-
-def test_force_leaves_other_programs_alone(port, monkeypatch):
+def test_force_leaves_what_holds_the_port_alone(port, monkeypatch):
+    monkeypatch.setenv("DEBUGPY", "1")
+    monkeypatch.setattr(util, "on_one_rank", lambda _, work, rank: work())
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
         other.listen()
-        record = util._record_file(port)
-        record.parent.mkdir(parents=True)
-        record.write_text(json.dumps({"pid": os.getpid(), "started": 0.0}))
-        with pytest.raises(ValueError, match=f"DEBUGPY_PORT={port} on 127.0.0.1 is taken"):
-            util._listen("127.0.0.1", port, force=True)
+        with pytest.raises(ValueError, match="is taken: set DEBUGPY_PORT to another, or end"):
+            one = SimpleNamespace(num_processes=1, process_index=0)
+            setup_debugpy(one, port=port, force=True)
         socket.create_connection(("127.0.0.1", port)).close()
 
 
@@ -177,13 +160,13 @@ def test_off_does_nothing(monkeypatch, setting):
 @pytest.mark.parametrize("endpoint", ["0.0.0.0", "192.0.2.1"])
 def test_remote_is_refused_unless_allowed(monkeypatch, port, endpoint):
     with pytest.raises(ValueError, match=f"DEBUGPY_ENDPOINT={endpoint} is not a loopback address"):
-        util._listen(endpoint, port, force=False)
+        util._listen(endpoint, port)
     monkeypatch.setenv("DEBUGPY_ALLOW_REMOTE", "1")
     opened = []
     debugpy = SimpleNamespace(configure=lambda **_: None, listen=opened.append)
     monkeypatch.setitem(sys.modules, "debugpy", debugpy)
     monkeypatch.setattr(util, "_is_free", lambda address, port: True)
-    util._listen(endpoint, port, force=False)
+    util._listen(endpoint, port)
     assert opened == [(endpoint, port)]
 
 
@@ -216,4 +199,20 @@ def test_the_editors_settings_attach_where_a_run_listens():
 
 def test_an_unknown_host_is_named():
     with pytest.raises(ValueError, match=r"DEBUGPY_ENDPOINT=nowhere\.invalid"):
-        util._listen("nowhere.invalid", 5678, force=False)
+        util._listen("nowhere.invalid", 5678)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "says"),
+    [
+        ("::1", "DEBUGPY_ENDPOINT=::1 has no IPv4 address, .*use localhost"),
+        (
+            "192.0.2.1",
+            "DEBUGPY_ENDPOINT=192.0.2.1 .*cannot be listened on: Cannot assign requested",
+        ),
+    ],
+)
+def test_an_address_that_cannot_be_listened_on_is_not_called_taken(monkeypatch, endpoint, says):
+    monkeypatch.setenv("DEBUGPY_ALLOW_REMOTE", "1")
+    with pytest.raises(ValueError, match=says):
+        util._listen(endpoint, free_port())

@@ -1,4 +1,4 @@
-"""The record of a run: work that PyTorch counts too, files that survive a kill, traces of chosen steps."""
+"""The record of a run: the pattern's own work, files that survive a kill, traces of chosen steps."""
 
 from __future__ import annotations
 
@@ -13,52 +13,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
-from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from anchor_context.attention.patterns import attended_pairs
-from anchor_context.metrics import (
-    MetricsFile,
-    ModelWork,
-    StepProfiler,
-    parse_profile_steps,
-    peak_flops,
-    peak_memory_bytes,
-    plot_loss,
-    read_metrics,
-)
-
-TOKENS = 32
-
-
-def tiny(*, tied: bool, head_dim: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_dim,
-        vocab_size=40,
-        tie_word_embeddings=tied,
-        attn_implementation="eager",  # writes out every pair, so the counter sees them
-    )
-    return LlamaForCausalLM(config)
-
-
-@pytest.mark.parametrize("head_dim", [8, 16])
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_work_is_what_pytorch_counts(tied, head_dim):
-    model = tiny(tied=tied, head_dim=head_dim)
-    tokens = torch.arange(TOKENS)[None]
-    with FlopCounterMode(display=False) as counter:
-        logits = model(input_ids=tokens, use_cache=False).logits
-        cross_entropy(logits[0], tokens[0]).backward()
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)  # norms multiply nothing
-    work = ModelWork.of(model.config, parameters=matrices)
-    # Eager attention computes the future pairs too, and hides them afterwards.
-    assert work.flops(tokens=TOKENS, pairs=TOKENS**2) == counter.get_total_flops()
+from anchor_context.run.device import peak_flops, peak_memory_bytes
+from anchor_context.run.metrics import MetricsFile, read_metrics
+from anchor_context.run.plot import plot_loss
+from anchor_context.run.profiler import StepProfiler, parse_profile_steps
+from anchor_context.run.work import ModelWork
 
 
 def test_the_pattern_s_own_work_is_less_than_full_causal_work():
@@ -114,11 +75,19 @@ def test_a_torn_last_line_is_left_out_and_written_again(torn, tmp_path):
     ]
 
 
-def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+def test_a_broken_line_is_told_and_dropped(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(json.JSONDecodeError):
-        read_metrics(path)
+    broken = [b'{"step": 1, "lo{"step": 1, "loss": 2.0}', b"\0\xff", b"[1]", b'{"loss": 1}', b""]
+    path.write_bytes(b"\n".join([b'{"step": 1}', *broken, b'{"step": 3, "loss": 4.0}', b""]))
+    assert [record["step"] for record in read_metrics(path)] == [1, 3]
+    told = capsys.readouterr().err
+    assert f"{path}: line 2 and 4 more is no record of a step" in told
+    assert [record["step"] for record in read_metrics(path, "loss")] == [3]
+
+    MetricsFile(path, keep_steps=3).append({"step": 4})
+    capsys.readouterr()
+    assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
+    assert capsys.readouterr().err == "", "the lines are gone"
 
 
 def test_a_kill_while_rewriting_leaves_the_old_record(tmp_path, monkeypatch):
@@ -182,6 +151,39 @@ def test_a_longer_half_line_is_not_left_behind_a_shorter_whole_one(tmp_path, cap
     assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3))
 
 
+def test_keys_are_added_to_the_last_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, keep_steps=0)
+    file.add_to_last({"eval_loss": 1.0})
+    assert read_metrics(path) == [], "there is none"
+    for step in (1, 2):
+        file.append({"step": step})
+    file.add_to_last({"eval_loss": 1.0})
+    file.append({"step": 3})
+    expected = [{"step": 1}, {"step": 2, "eval_loss": 1.0}, {"step": 3}]
+    assert read_metrics(path) == expected
+    again = MetricsFile(path, keep_steps=3)
+    again.add_to_last({"eval_loss": 2.0})
+    assert read_metrics(path) == [*expected[:2], {"step": 3, "eval_loss": 2.0}]
+
+
+def test_keys_are_added_where_the_record_waits_for_the_disk(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, keep_steps=0)
+    file.append({"step": 1})
+    with files_end_at(path.stat().st_size):
+        file.add_to_last({"eval_loss": 1.0})
+        assert "its last line lacks eval_loss" in capsys.readouterr().err
+        file.append({"step": 2})
+        file.append({"step": 3})
+        file.add_to_last({"eval_loss": 3.0})
+    assert read_metrics(path) == [{"step": 1}]
+    file.append({"step": 4})
+    assert read_metrics(path) == [
+        *({"step": 1}, {"step": 2}, {"step": 3, "eval_loss": 3.0}, {"step": 4}),
+    ]
+
+
 def test_a_plot_that_the_disk_refuses_is_a_message(tmp_path, capsys):
     metrics, plot = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
     plot_loss(metrics, plot)
@@ -203,6 +205,19 @@ def test_the_plot_is_a_png(tmp_path):
         )
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_has_a_second_curve_of_the_validations(tmp_path, monkeypatch):
+    file, drawn = MetricsFile(tmp_path / "metrics.jsonl", keep_steps=0), []
+    for step in (1, 2, 3, 4):
+        record = {"step": step, "tokens_seen": step * 10, "loss": 2.0, "learning_rate": 1e-5}
+        validated = {2: {"eval_loss": 3.0}, 3: {"eval_loss": None}, 4: {"eval_loss": 2.5}}
+        file.append(record | validated.get(step, {}))
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    training, validation = drawn[0].axes[0].lines
+    assert training.get_ydata().tolist() == [2.0] * 4
+    assert validation.get_xydata().tolist() == [[20, 3.0], [40, 2.5]]
 
 
 def test_the_plot_s_tokens_are_readable(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 
 from anchor_context import AnchorDataCollator, patch_model
 from anchor_context.attention.patterns import mask_predicate
+from anchor_context.integrations.boundaries import document_starts
 from anchor_context.layout import IGNORE_INDEX as NO
-from anchor_context.packed import document_starts
 
 BOS = 1
 TOKENIZER = SimpleNamespace(bos_token_id=BOS, eos_token_id=2, pad_token_id=None)
@@ -266,6 +266,10 @@ def test_mismatches_are_errors():
     model = patch_model(tiny_llama(), pattern="intra_doc")
     with pytest.raises(ValueError, match="packed for the pattern 'anchor'"):
         model(**AnchorDataCollator(TOKENIZER)(features()))
+    capped = tiny_llama()
+    capped.config.attn_logit_softcapping = 50.0
+    with pytest.raises(ValueError, match="torch_varlen does not cap scores.*--attn_engine flex"):
+        patch_model(capped, kernel="torch_varlen")
 
 
 def test_a_model_patched_again_is_as_if_patched_once():
@@ -363,3 +367,59 @@ def test_importing_the_package_is_light():
         "import sys, anchor_context; assert 'torch' not in sys.modules; anchor_context.patch_model"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "checkpointing"),
+    [("flash", False), ("flex", False), ("reference", False), ("flash", True)],
+)
+def test_a_compiled_model_trains_as_it_does_without(engine, checkpointing):
+    """What it attends to is asked outside its graphs, so new documents compile nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, plain = (patch_model(tiny_llama().train(), engine=engine) for _ in range(2))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(model, backend=backend)
+    collator = AnchorDataCollator(TOKENIZER, engine=engine)
+    counts = []
+    for extra in range(6):
+        documents = [*DOCUMENTS[: 1 + extra % 3], [BOS, *range(20, 24 + 3 * extra)]]
+        batch = collator(features(documents))
+        loss, expected = compiled(**batch).loss, plain(**batch).loss
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+        loss.backward()
+        expected.backward()
+        counts.append(len(graphs))
+    assert counts[0] > 0 and counts[-1] == counts[2]
+    if not checkpointing:  # there PyTorch itself leaves layers uncompiled
+        breaks = torch._dynamo.utils.counters["graph_break"]
+        assert all("torch.compiler.disable" in reason for reason in breaks)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_a_call_are_told(rope_type, caplog):
+    settings = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    if rope_type == "longrope":
+        settings |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+        settings |= {"original_max_position_embeddings": 16}
+    model = tiny_llama()
+    patch_model(model)
+    assert not caplog.records
+    config = LlamaConfig(**model.config.to_dict() | {"rope_parameters": settings})
+    patch_model(LlamaForCausalLM(config))
+    assert "fix_frequencies" in caplog.text
+
+
+def test_generating_with_a_patched_model_says_what_to_do():
+    model = patch_model(tiny_llama())
+    with pytest.raises(ValueError, match="to generate, save the model and load it"):
+        model.generate(torch.tensor([[BOS, 5, 6]]), max_new_tokens=3)

@@ -20,31 +20,31 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-import anchor_context.rope.__main__ as laboratory
-from anchor_context.attention.patterns import make_layout, mask_predicate
+import anchor_context.precision.__main__ as laboratory
+from anchor_context.attention.patterns import PATTERNS, make_layout, mask_predicate
 from anchor_context.demo import standard_library_texts, tiny_llama, train_tokenizer
-from anchor_context.rope import plots
-from anchor_context.rope.__main__ import arrange, document_starts, load_tokens, main
-from anchor_context.rope.precision import (
+from anchor_context.precision import plots
+from anchor_context.precision.__main__ import arrange, document_starts, load_tokens, main
+from anchor_context.precision.arithmetic import (
     EXACT,
+    attention,
+    each_step,
+    eager_arithmetic,
+    float32_rotation,
+    model_arithmetic,
+    rotate,
+    scores,
+)
+from anchor_context.precision.measure import (
     Case,
     Change,
     TokenChange,
     _Distances,
-    attention,
-    check_attention,
-    each_step,
-    eager_arithmetic,
-    float32_rotation,
     measure_layer,
-    model_arithmetic,
-    rope_of,
-    rotate,
     sample_queries,
-    scores,
-    scoring_of,
-    visit_layers,
 )
+from anchor_context.precision.model import check_attention, rope_of, scoring_of, visit_layers
+from anchor_context.precision.table import Table
 from tests.model_coverage import tiny_model
 
 HEAD_DIM = 32
@@ -53,7 +53,6 @@ CASES = [
     Case("bfloat16", torch.bfloat16, model_arithmetic(torch.bfloat16)),
     Case("bfloat16, rotated in float32", torch.bfloat16, float32_rotation(torch.bfloat16)),
 ]
-PATTERNS = ("full", "intra_doc", "intra_doc_reset", "anchor")
 
 
 def make_model(config_class=LlamaConfig, **settings):
@@ -197,7 +196,7 @@ def test_a_query_sees_what_the_pattern_and_the_window_let_it(pattern, window):
         batch_size=1,
         row_length=length,
         pattern=pattern,
-        anchor_placement="per_document" if pattern == "anchor" else "none",
+        anchor_placement=PATTERNS[pattern].placement("per_document"),
     )
     zero = torch.tensor(0)
     expected = mask_predicate(layout, sliding_window=window)(
@@ -213,30 +212,32 @@ def test_a_query_sees_what_the_pattern_and_the_window_let_it(pattern, window):
     [
         ("phi", "weights of layer 0 differ by"),  # rotates a part of each head
         ("cohere", "weights of layer 0 differ by"),  # rotates neighbours, not halves
-        ("gpt_oss", "attention sinks"),
+        ("gpt_oss", "its attention has sinks"),
         ("glm", "rotates a part of its heads"),
         ("gpt_neox", "rotates a part of its heads"),
         ("cohere2", "only 1 of 2 layers rotate"),
         ("lfm2", "layers of the kind conv"),
         ("falcon", "do not say how they scale"),
         ("gemma2", "attn_logit_softcapping"),
-        ("gemma3_text", "cannot reach the rotation"),
+        ("gemma3_text", "each kind of layers has RoPE frequencies of its own"),
         ("gpt2", "cannot reach the rotation"),
     ],
 )
 def test_a_model_with_another_attention_is_refused(family, said):
     model = tiny_model(family, window=4096).float().base_model
     with pytest.raises(ValueError, match=said):
-        laboratory.measure(
-            model,
-            torch.arange(64) % 64,
-            lengths=[64],
-            shifts=[16],
-            dtypes=["bfloat16"],
-            patterns=["full"],
-            documents=1,
-            queries=4,
-            setting={},
+        next(
+            laboratory.measure(
+                model,
+                torch.arange(64) % 64,
+                lengths=[64],
+                shifts=[16],
+                dtypes=["bfloat16"],
+                patterns=["full"],
+                documents=1,
+                queries=4,
+                setting={},
+            )
         )
 
 
@@ -438,7 +439,7 @@ def test_the_command_writes_report_tables_and_pictures(tmp_path):
     ):
         assert said in report
     pictures = sorted(path.name for path in out.glob("*.png"))
-    assert len(pictures) == 6 and all(f"({name})" in report for name in pictures)
+    assert len(pictures) == 7 and all(f"({name})" in report for name in pictures)
     with (out / "change.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     # lengths × shifts × patterns × arithmetics × layers × heads × quantities
@@ -460,27 +461,32 @@ def test_the_command_writes_report_tables_and_pictures(tmp_path):
     assert {row["pattern"] for row in steps} == set(PATTERNS)
 
 
-def test_every_pattern_has_its_axes_in_the_pictures(tmp_path):
+def test_every_pattern_has_its_axes_in_the_pictures(tmp_path, monkeypatch):
     make_model().config.save_pretrained(tmp_path / "model")
     flags = f"precision --model {tmp_path}/model --random-weights --out {tmp_path}/out --queries 4"
     drawn = {}
 
-    def keep(found, folder):
-        drawn.update(
-            (draw.__name__, draw(found))
-            for draw in (
-                plots.by_length,
-                plots.by_shift,
-                plots.by_token,
-                plots.by_step,
-                plots.by_head,
-            )
-        )
-        return []
+    def kept(draw):
+        def draw_and_keep(found):
+            return drawn.setdefault(draw.__name__, draw(found))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laboratory, "draw_all", keep)
-        main([*flags.split(), "--lengths", "64,128", "--shifts", "0,16", "--dtypes", "bfloat16"])
+        return draw_and_keep
+
+    pictures = {name: kept(draw) for name, draw in plots.PICTURES.items()}
+    monkeypatch.setattr(laboratory, "PICTURES", pictures)
+    main([*flags.split(), "--lengths", "64,128", "--shifts", "0,16,64", "--dtypes", "bfloat16"])
+    for name, figure in drawn.items():
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            low, high = sorted(axis.get_view_interval())
+            places = [place for place in axis.get_majorticklocs() if low <= place <= high]
+            texts = [text for text in axis.get_major_formatter().format_ticks(places) if text]
+            flat = axis.axes.get_label() == "<colorbar>" and axis is axis.axes.xaxis
+            assert len(texts) >= 2 or flat, f"{name}: {texts} on {axis}"
+    colours = {line.get_label(): line.get_color() for line in drawn["of_first_token"].axes[0].lines}
+    assert [colours[name] for name in PATTERNS] == [p.colour for p in PATTERNS.values()]
+    assert len(set(colours.values())) == len(PATTERNS) + 1  # and grey for what is no pattern's
+    of_all = [drawn.pop("of_first_token"), drawn.pop("by_pattern")]
+    assert all(axes.get_ylabel() and axes.has_data() for f in of_all for axes in f.axes)
     for name, figure in drawn.items():
         titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
         assert titles == [f"pattern {pattern}" for pattern in PATTERNS], name
@@ -543,6 +549,92 @@ def test_a_models_own_weights_on_a_text(tmp_path):
         rows = list(csv.DictReader(stream))
     assert {row["first_key_error"] for row in rows} == {"0.0"}
     assert all(float(row["rounding_max"]) > 0 for row in rows)
+
+
+def test_the_report_is_written_after_every_length_and_before_the_pictures(tmp_path, monkeypatch):
+    """A run that is stopped, or still draws, has given what it measured; and none falls silent."""
+    make_model().config.save_pretrained(tmp_path / "model")
+    seen, silent = [], []
+    report = tmp_path / "out/report.md"
+
+    def visit_layers(model, input_ids, visit, *, queries):
+        seen.append((input_ids.shape[1], report.read_text() if report.exists() else ""))
+        return measured(model, input_ids, visit, queries=queries)
+
+    class Bar(laboratory.tqdm):
+        def update(self, n=1):
+            silent.append(self.desc)
+            return super().update(n)
+
+    measured = laboratory.visit_layers
+    monkeypatch.setattr(laboratory, "visit_layers", visit_layers)
+    monkeypatch.setattr(laboratory, "tqdm", Bar)
+    monkeypatch.setattr(
+        laboratory,
+        "PICTURES",
+        {"one.png": lambda found: seen.append((0, report.read_text())) or plots.by_head(found)},
+    )
+    flags = f"precision --model {tmp_path}/model --random-weights --out {tmp_path}/out --queries 4"
+    main(
+        [
+            *flags.split(),
+            *[
+                "--lengths",
+                "64,128",
+                "--shifts",
+                "16",
+                "--dtypes",
+                "bfloat16",
+                "--patterns",
+                "full,anchor",
+            ],
+        ]
+    )
+    lengths, reports = zip(*seen, strict=True)
+    assert lengths == (64, 128, 0)
+    rows = [{n for n in ("64", "128") if f"| full | {n} |" in text} for text in reports]
+    assert rows == [set(), {"64"}, {"64", "128"}]
+    assert silent == ["64 tokens"] * 2 + ["128 tokens"] * 2 + ["pictures"]
+
+
+def test_layers_can_be_chosen(tmp_path):
+    make_model().config.save_pretrained(tmp_path / "model")
+    flags = f"precision --model {tmp_path}/model --random-weights --out {tmp_path}/out --queries 4"
+    only = ["--lengths", "64", "--shifts", "16", "--dtypes", "bfloat16", "--patterns", "anchor"]
+    with pytest.raises(ValueError, match="--layers 2: the model has the layers 0 to 1"):
+        main([*flags.split(), *only, "--layers", "0,2"])
+    main([*flags.split(), *only, "--layers", "1"])
+    for name in ("change", "steps", "tokens"):
+        with (tmp_path / f"out/{name}.csv").open() as stream:
+            assert {row["layer"] for row in csv.DictReader(stream)} == {"1"}
+    assert "| layers measured | 1 |" in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_gpu_is_taken_where_there_is_one(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    needed = ["precision", "--model", "m", "--out", "o"]
+    assert laboratory.parse(needed).device == ("cuda" if gpu else "cpu")
+    assert laboratory.parse([*needed, "--device", "cpu"]).device == "cpu"
+
+
+def test_a_table_counts_the_rows_that_are_asked_for():
+    table = Table(
+        [
+            {"pattern": "full", "head": 0, "value": 1.0, "far": 5.0},
+            {"pattern": "anchor", "head": 0, "value": 2.0},
+            {"pattern": "full", "head": 1, "value": 4.0},
+        ]
+    )
+    assert table.values("pattern") == ["full", "anchor"]
+    assert table.mean("value") == 7 / 3 and table.max("value", head=0) == 2
+    assert table.mean("value", pattern="full") == 2.5 and table.mean("far", pattern="full") == 5
+    assert table.where(pattern="full", head=1).rows == [
+        {"pattern": "full", "head": 1, "value": 4.0}
+    ]
+    for wanted in ({"pattern": "none"}, {"pattern": "anchor"}):
+        with pytest.raises(AssertionError, match="no far was measured"):
+            table.mean("far", **wanted)
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

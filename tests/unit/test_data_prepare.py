@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -25,13 +26,15 @@ from data_samples import (
     write_texts,
     write_token_rows,
 )
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anchor_context.data import packing, sources, store
+from anchor_context.attention.patterns import find_anchor_id
+from anchor_context.data import prepare as preparation
+from anchor_context.data import sources, store
 from anchor_context.data.documents import DocumentReader
-from anchor_context.data.packing import find_anchor_id, open_rows
-from anchor_context.data.rows import NO_TOKEN
+from anchor_context.data.rows import NO_TOKEN, open_rows
 from anchor_context.layout import IGNORE_INDEX
 
 PLACEMENTS = ("per_document", "shared", "none")
@@ -116,9 +119,9 @@ def test_the_targets_give_back_every_document_exactly_once(
             data,
             Path(folder),
             data_format="tokenized",
-            row_length=row_length,
+            seq_length=row_length,
             anchor_placement=placement,
-            strategy=strategy,
+            packing=strategy,
             interleave_chunks=interleave,
         )
         report = check_account(prepared)
@@ -142,7 +145,7 @@ def test_the_targets_give_back_every_document_exactly_once(
 def test_a_row_longer_than_the_row_length_keeps_every_token(tmp_path):
     row = [[BOS, *range(10, 8010)], [BOS, *range(8010, 25609)]]  # 25,601 tokens
     data = write_token_rows(tmp_path / "long.jsonl", [row])
-    prepared = prepare(data, tmp_path, data_format="tokenized", row_length=6553)
+    prepared = prepare(data, tmp_path, data_format="tokenized", seq_length=6553)
     report = check_account(prepared)
     assert report["document_tokens"] == 25601 and report["documents"] == 2
     assert report["targets"] == 25599  # all but the two anchors
@@ -150,7 +153,7 @@ def test_a_row_longer_than_the_row_length_keeps_every_token(tmp_path):
 
 def test_a_continued_piece_gains_an_anchor_and_loses_nothing(tmp_path):
     data = write_token_rows(tmp_path / "d.jsonl", [[[20, 21, 22, 23, 24, 25, 26]]])
-    prepared = prepare(data, tmp_path, data_format="tokenized", row_length=6)
+    prepared = prepare(data, tmp_path, data_format="tokenized", seq_length=6)
     first, second = prepared.row(0), prepared.row(1)
     assert first.tokens.tolist() == [BOS, 20, 21, 22, 23, 24, 25]
     assert first.labels().tolist() == [20, 21, 22, 23, 24, 25]
@@ -160,7 +163,7 @@ def test_a_continued_piece_gains_an_anchor_and_loses_nothing(tmp_path):
 
 def test_an_anchor_alone_at_a_rows_end_predicts_the_first_token(tmp_path):
     data = write_token_rows(tmp_path / "d.jsonl", [[[20, 21], [30, 31, 32]]])
-    prepared = prepare(data, tmp_path, data_format="tokenized", row_length=4)
+    prepared = prepare(data, tmp_path, data_format="tokenized", seq_length=4)
     check_account(prepared)
     first, second = prepared.row(0), prepared.row(1)
     assert first.tokens.tolist() == [BOS, 20, 21, BOS, 30]
@@ -173,14 +176,14 @@ def test_short_segments_stay(tmp_path):
     data = write_token_rows(tmp_path / "d.jsonl", [[[20], [30, 31], [40, 41, 42]]])
     for placement in PLACEMENTS:
         prepared = prepare(
-            data, tmp_path, data_format="tokenized", row_length=16, anchor_placement=placement
+            data, tmp_path, data_format="tokenized", seq_length=16, anchor_placement=placement
         )
         assert check_account(prepared)["document_tokens"] == 6
 
 
 def test_eos_ends_every_text_once(tmp_path):
     data = write_texts(tmp_path / "d.jsonl", ["ab", "cd</s>"])
-    row = prepare(data, tmp_path, row_length=16).row(0)
+    row = prepare(data, tmp_path, seq_length=16, parse_special_tokens=True).row(0)
     assert (row.tokens[:8] == EOS).nonzero()[0].tolist() == [3, 7]
     assert row.labels()[2] == EOS and row.labels()[3] == IGNORE_INDEX
 
@@ -190,17 +193,11 @@ def test_a_tokenizer_without_bos_anchors_with_eos_also_inside_the_row(tmp_path, 
     tokenizer = byte_tokenizer(bos=False)
     assert find_anchor_id(tokenizer) == tokenizer.eos_token_id == 0
     data = write_texts(tmp_path / "d.jsonl", ["ab", "c</s>d", "</s>e"])
-    prepared = prepare(
-        data, tmp_path, tokenizer=tokenizer, row_length=20, anchor_placement=placement
-    )
+    how = {"seq_length": 20, "anchor_placement": placement, "parse_special_tokens": True}
+    prepared = prepare(data, tmp_path, tokenizer=tokenizer, **how)
     check_account(prepared)
     a, b, c, d, e = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcde")
-    row, none = (
-        prepare(data, tmp_path, tokenizer=tokenizer, row_length=20, anchor_placement=placement).row(
-            0
-        ),
-        IGNORE_INDEX,
-    )
+    row, none = prepared.row(0), IGNORE_INDEX
     if placement == "per_document":
         assert row.tokens[:12].tolist() == [0, a, b, 0, 0, c, 0, d, 0, 0, e, 0]
         assert row.starts.tolist() == [0, 4, 9, 12]  # the end of "ab", not each EOS
@@ -245,7 +242,7 @@ def test_an_anchor_or_eos_outside_the_vocabulary_is_no_fault_of_the_data(tmp_pat
 def test_a_domain_tag_is_seen_but_no_target(tmp_path):
     texts = [b'{"text": "hello", "set": "web"}', b'{"text": "xy", "set": "a book"}']
     data = write_texts(tmp_path / "d.jsonl", texts)
-    prepared = prepare(data, tmp_path, source_column="set", domain_tag=True, row_length=40)
+    prepared = prepare(data, tmp_path, source_column="set", domain_tag=True, seq_length=40)
     check_account(prepared)
     row = prepared.row(0)
     assert BYTES.decode(row.tokens[1:10]) == "webhello</s>"
@@ -269,7 +266,7 @@ def test_tags_are_cut_without_becoming_targets(lengths, row_length, placement):
             Path(folder),
             source_column="set",
             domain_tag=True,
-            row_length=row_length,
+            seq_length=row_length,
             anchor_placement=placement,
         )
         check_account(prepared)
@@ -283,7 +280,7 @@ def test_chunks_of_a_tagged_or_continued_document_lose_no_target(tmp_path, place
     texts = ["abcdefghijklmnopqrstuvwxyz"[i] * 150 for i in range(20)]  # cut by every row's end
     data = write_texts(tmp_path / "d.jsonl", texts, set="a long tag")
     options = {"source_column": "set", "domain_tag": True, "interleave_chunks": True}
-    prepared = prepare(data, tmp_path, row_length=260, anchor_placement=placement, **options)
+    prepared = prepare(data, tmp_path, seq_length=260, anchor_placement=placement, **options)
     chunks = sum(
         len(np.unique(prepared.row(i).documents)) < len(prepared.row(i).documents)
         for i in range(len(prepared))
@@ -296,20 +293,20 @@ def test_chunks_of_a_tagged_or_continued_document_lose_no_target(tmp_path, place
 def test_best_fit_cuts_no_document_that_fits_and_reports_the_padding(tmp_path):
     texts = ["x" * n for n in (50, 40, 30, 20, 200, 10)]
     data = write_texts(tmp_path / "d.jsonl", texts)
-    report = check_account(prepare(data, tmp_path, strategy="best_fit"))
+    report = check_account(prepare(data, tmp_path, packing="best_fit"))
     assert report["documents_cut"] == 1  # the one of 200
     assert check_account(prepare(data, tmp_path))["documents_cut"] > 1
 
 
 @pytest.mark.parametrize("strategy", ["concat", "best_fit"])
 def test_documents_of_many_shards_in_a_row_keep_no_file_open(tmp_path, monkeypatch, strategy):
-    monkeypatch.setattr(sources, "UNIT_BYTES", 100)  # a shard per document
+    monkeypatch.setattr(sources, "PORTION_BYTES", 100)  # a shard per document
     data = write_texts(tmp_path / "d.jsonl", ["abcd" * 20] * 60)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = sorted(set(range(1000)) - {int(name) for name in os.listdir("/dev/fd")})
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[30], limits[1]))
     try:
-        report = prepare(data, tmp_path, strategy=strategy, row_length=6000).report
+        report = prepare(data, tmp_path, packing=strategy, seq_length=6000).report
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert (report["documents"], report["rows"]) == (60, 1)
@@ -317,7 +314,7 @@ def test_documents_of_many_shards_in_a_row_keep_no_file_open(tmp_path, monkeypat
 
 def test_documents_of_nothing_but_an_anchor(tmp_path):
     data = write_token_rows(tmp_path / "d.jsonl", [[[BOS], [BOS], [BOS, 9, 8]]])
-    options = {"data_format": "tokenized", "row_length": 8}
+    options = {"data_format": "tokenized", "seq_length": 8}
     per_document = check_account(prepare(data, tmp_path, **options))
     assert (per_document["document_tokens"], per_document["targets"]) == (5, 2)
     shared = check_account(prepare(data, tmp_path, anchor_placement="shared", **options))
@@ -329,8 +326,8 @@ def test_documents_of_nothing_but_an_anchor(tmp_path):
     [
         ("data_format", "csv", "--data-format csv is unknown"),
         ("anchor_placement", "both", "--anchor_placement both is unknown"),
-        ("strategy", "first_fit", "--packing first_fit is unknown"),
-        ("row_length", 1, "--seq-length 1 leaves no room"),
+        ("packing", "first_fit", "--packing first_fit is unknown"),
+        ("seq_length", 1, "--seq-length 1 leaves no room"),
         ("domain_tag", True, "--domain_tag needs --source_column"),
         ("mixture", "a=1", "--mixture needs --source_column"),
         ("upsample_long", "5x4096", "FACTOR@TOKENS"),
@@ -353,13 +350,13 @@ def test_whatever_shapes_the_rows_is_in_the_fingerprint(tmp_path):
     splitting = byte_tokenizer()
     splitting.split_special_tokens = True
     changed = [
-        {"row_length": 32},
+        {"seq_length": 32},
         {"anchor_placement": "shared"},
         {"tokenizer": byte_tokenizer(words=("hello",))},
         {"tokenizer": byte_tokenizer(bos=False)},
         {"tokenizer": splitting},
         {"vocab_size": 999},
-        {"strategy": "best_fit"},
+        {"packing": "best_fit"},
         {"interleave_chunks": True},
         {"interleave_chunks": True, "seed": 1},
         {"skip_bad_documents": True},
@@ -381,14 +378,14 @@ def test_changed_data_are_noticed_even_at_the_same_size_and_time(tmp_path):
 
 
 def test_the_same_command_twice_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    monkeypatch.setattr(sources, "PORTION_BYTES", 500)
     data = write_texts(tmp_path / "d.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(60)])
     runs = [prepare(data, tmp_path / name, interleave_chunks=True) for name in "ab"]
     assert file_bytes(runs[0]) == file_bytes(runs[1])
 
 
 def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(sources, "PORTION_BYTES", 2000)
     data = write_texts(tmp_path / "d.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(60)])
     one = prepare(data, tmp_path / "one", num_proc=1)
     two = prepare(data, tmp_path / "two", num_proc=2)
@@ -397,7 +394,7 @@ def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("when", ["tokenising", "laying"])
 def test_a_killed_preparation_goes_on_and_gives_the_same_rows(tmp_path, monkeypatch, when):
-    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    monkeypatch.setattr(sources, "PORTION_BYTES", 500)
     data = write_texts(tmp_path / "d.jsonl", [f"text {i} " * (i % 40 + 1) for i in range(60)])
     undisturbed = prepare(data, tmp_path / "undisturbed")
 
@@ -412,19 +409,19 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_rows(tmp_path, monkeypa
     monkeypatch.setattr(DocumentReader, "__call__", read_or_die)
     with monkeypatch.context() as during:
         if when == "laying":
-            blocks = store.TokenStore.blocks
+            documents = store.TokenStore.documents
 
-            def blocks_until_death(self, order):
-                yield next(blocks(self, order))
+            def documents_until_death(self, order):
+                yield next(documents(self, order))
                 raise KeyboardInterrupt
 
-            during.setattr(store.TokenStore, "blocks", blocks_until_death)
+            during.setattr(store.TokenStore, "documents", documents_until_death)
         with pytest.raises(KeyboardInterrupt):
             prepare(data, tmp_path / "killed")
     assert not list((tmp_path / "killed").glob("rows-*/manifest.json"))
     before = len(calls)
     resumed = prepare(data, tmp_path / "killed")
-    units = len(list(sources.read_units([str(data)], ["text"])))
+    units = len(list(sources.read_portions([str(data)], ["text"])))
     done = 4 if when == "tokenising" else units
     assert len(calls) - before == units - done  # only what was missing
     assert file_bytes(resumed) == file_bytes(undisturbed)
@@ -455,7 +452,7 @@ def test_a_kill_after_the_rows_are_there_leaves_nothing_behind_for_good(
     for path in (data, other):
         with monkeypatch.context() as during:
             during.setattr(Path, "rename", rename_or_die)
-            during.setattr(packing.shutil, "rmtree", remove_or_die)
+            during.setattr(preparation.shutil, "rmtree", remove_or_die)
             with pytest.raises(KeyboardInterrupt):
                 prepare(path, tmp_path / "cache")
     assert len(left()) == 2
@@ -466,9 +463,90 @@ def test_a_kill_after_the_rows_are_there_leaves_nothing_behind_for_good(
 
 
 @pytest.fixture
+def read_only(monkeypatch):
+    """A file system on which nothing can be locked, made or removed, also for root."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "somewhere")
+
+    for owner, name in (
+        (preparation.FileLock, "acquire"),
+        (Path, "rename"),
+        (preparation.shutil, "rmtree"),
+    ):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+def test_whole_rows_are_opened_without_a_lock(tmp_path, request):
+    """Another user's, on a read-only disk; with the leftovers of a kill, too."""
+    cache, data = tmp_path / "c", write_texts(tmp_path / "d.jsonl", ["text"])
+    theirs = prepare(data, cache)
+    (lock,) = cache.glob("*.lock")
+    work = cache / f".{lock.stem}.work"
+    work.mkdir()
+    (work / "laying").write_text(theirs.directory.name)
+    before = sorted(cache.rglob("*"))
+
+    request.getfixturevalue("read_only")
+    ours = prepare(data, cache)
+    assert ours.directory == theirs.directory and sorted(cache.rglob("*")) == before
+    other = write_texts(tmp_path / "e.jsonl", ["other"])
+    says = r"--cache_dir \S+ holds no rows of these data .* written \(Read-only file system\): name"
+    with pytest.raises(ValueError, match=says):
+        prepare(other, cache)
+
+
+def test_whole_rows_do_not_wait_for_work_on_others(tmp_path):
+    """Of the same data, say with other flags: the lock is theirs."""
+    data = write_texts(tmp_path / "d.jsonl", ["text"])
+    theirs = prepare(data, tmp_path / "c")
+    (lock,) = (tmp_path / "c").glob("*.lock")
+    with FileLock(lock):
+        assert prepare(data, tmp_path / "c").directory == theirs.directory
+
+
+@pytest.mark.parametrize("what", ["grows", "ends in half a line", "is gone"])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch, what):
+    data = write_texts(tmp_path / "d.jsonl", ["one", "two"])
+    read = sources.read_portions
+
+    def read_while_it_changes(*arguments):
+        if what == "is gone":
+            yield from read(*arguments)
+            data.unlink()
+        else:
+            with data.open("a") as file:
+                file.write('{"text": "three"}\n' if what == "grows" else '{"te')
+            yield from read(*arguments)
+
+    monkeypatch.setattr(preparation, "read_portions", read_while_it_changes)
+    now = "is gone now" if what == "is gone" else r"has \d+ bytes now"
+    says = rf"--dataset \S+d.jsonl changed while it was read: it had 32 bytes, and {now}"
+    with pytest.raises(ValueError, match=says):
+        prepare(data, tmp_path / "c")
+    assert not list((tmp_path / "c").glob("rows-*/manifest.json"))
+
+
+def test_rows_without_a_target_are_nothing_to_train_on(tmp_path):
+    """Documents of one token: nothing follows it within its document."""
+    options = {"data_format": "tokenized", "anchor_placement": "none"}
+    for name, row in (("none", [[5], [6], [7]]), ("one", [[5], [6, 7]])):
+        prepared = prepare(
+            write_token_rows(tmp_path / name, [row]).rename(tmp_path / f"{name}.jsonl"),
+            tmp_path,
+            **options,
+        )
+        if name == "one":
+            preparation.check_targets(prepared)
+        else:
+            with pytest.raises(ValueError, match="no token of the rows .* has a target"):
+                preparation.check_targets(prepared)
+
+
+@pytest.fixture
 def units_read(monkeypatch):
     """Units of 500 bytes; the list grows by each that is tokenised."""
-    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    monkeypatch.setattr(sources, "PORTION_BYTES", 500)
     read, units = DocumentReader.__call__, []
 
     def recorded(self, unit):
@@ -553,7 +631,7 @@ def test_a_prepared_set_is_a_dataset(tmp_path):
     opened = prepare(made.directory, tmp_path / "other")
     assert file_bytes(opened) == file_bytes(made) and not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match=r"--seq-length is 32 here and 64 there"):
-        prepare(made.directory, tmp_path, row_length=32)
+        prepare(made.directory, tmp_path, seq_length=32)
     with pytest.raises(ValueError, match="the tokenizer is"):
         prepare(made.directory, tmp_path, tokenizer=byte_tokenizer(words=("hello",)))
 
@@ -564,7 +642,7 @@ def test_a_prepared_set_is_a_dataset(tmp_path):
         ("--data-format", "data_format", "tokenized"),
         ("--text_column", "text_column", "body"),
         ("--source_column", "source_column", "other"),
-        ("--packing", "strategy", "best_fit"),
+        ("--packing", "packing", "best_fit"),
         ("--upsample_long", "upsample_long", "5@10"),
         ("--mixture", "mixture", "web=1"),
         ("--interleave_chunks", "interleave_chunks", True),
@@ -616,3 +694,77 @@ def test_the_manifest_says_what_was_made(tmp_path):
     assert prepared.report["documents"] == 2
     assert manifest["fingerprint"]["options"]["row_length"] == 64
     assert np.load(prepared.directory / "document_lengths.npy").tolist() == [12, 91]
+
+
+# -- special tokens written in texts --------------------------------------------------------------------
+
+HTML = ["<s>old</s> and <del>new</del></s>", "plain"]
+
+
+def read_back(prepared) -> list[int]:
+    return prepared.row(0).tokens[: prepared.report["document_tokens"]].tolist()
+
+
+def test_special_tokens_written_in_a_text_are_text_and_counted(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", HTML)
+    row = {"anchor_placement": "none", "seq_length": 64}
+    prepared = prepare(data, tmp_path, **row)
+    written = [BYTES.convert_tokens_to_ids(character) for character in HTML[0].replace(" ", "Ġ")]
+    assert read_back(prepared)[: len(written) + 1] == [*written, EOS]
+    assert BYTES.decode(read_back(prepared)) == "<s>old</s> and <del>new</del></s></s>plain</s>"
+    assert prepared.report["special_tokens_as_text"] == 3
+    assert prepared.report["special_tokens_parsed"] == 0
+    assert not BYTES.split_special_tokens  # the tokenizer is left as it was
+
+    parsed = prepare(data, tmp_path, **row, parse_special_tokens=True)
+    ids = read_back(parsed)
+    assert (
+        ids[0] == BOS and ids[4] == EOS and ids.count(EOS) == 3
+    )  # the text's own end is the document's
+    assert parsed.report["special_tokens_parsed"] == 3
+    assert parsed.directory != prepared.directory
+    assert prepare(data, tmp_path, **row).directory == prepared.directory
+    again = prepare(data, tmp_path, **row, parse_special_tokens=True)
+    assert again.directory == parsed.directory
+
+
+def test_a_long_text_with_special_tokens_is_text_in_every_window(tmp_path, monkeypatch):
+    monkeypatch.setattr("anchor_context.data.documents.WINDOW", 64)
+    monkeypatch.setattr("anchor_context.data.documents.OVERLAP", 16)
+    text = "".join(f"<s>{i}</s>" for i in range(40))
+    data = write_texts(tmp_path / "d.jsonl", [text])
+    prepared = prepare(data, tmp_path, anchor_placement="none", seq_length=512)
+    assert BYTES.decode(read_back(prepared)) == f"{text}</s>"
+    assert prepared.report["special_tokens_as_text"] == 80
+
+
+def test_rows_of_texts_without_special_tokens_are_one_set_however_they_are_read(tmp_path):
+    """Also the set that an earlier version made, which parsed them, is found."""
+    data = write_texts(tmp_path / "d.jsonl", ["plain", "text"])
+    first = prepare(data, tmp_path)
+    assert prepare(data, tmp_path, parse_special_tokens=True).directory == first.directory
+    assert "parse_special_tokens" not in first.fingerprint["options"]
+
+
+def test_a_set_of_before_special_tokens_were_counted_opens_and_says_so(tmp_path, capsys):
+    data = write_texts(tmp_path / "d.jsonl", HTML)
+    parsed = prepare(data, tmp_path, parse_special_tokens=True)
+    manifest = parsed.directory / "manifest.json"
+    kept = json.loads(manifest.read_text())
+    for name in ("special_tokens_as_text", "special_tokens_parsed"):
+        del kept["report"][name]
+    manifest.write_text(json.dumps(kept))
+    capsys.readouterr()
+    for dataset in (data, parsed.directory):
+        assert prepare(dataset, tmp_path).directory == parsed.directory
+        assert "taken for" not in (said := capsys.readouterr().err) and "earlier version" in said
+        assert prepare(dataset, tmp_path, parse_special_tokens=True).directory == parsed.directory
+        assert not capsys.readouterr().err
+
+
+def test_a_set_of_text_is_refused_where_special_tokens_are_to_be_parsed(tmp_path):
+    data = write_texts(tmp_path / "d.jsonl", HTML)
+    made = prepare(data, tmp_path)
+    assert prepare(made.directory, tmp_path).directory == made.directory
+    with pytest.raises(ValueError, match="--parse_special_tokens is True here and False there"):
+        prepare(made.directory, tmp_path, parse_special_tokens=True)

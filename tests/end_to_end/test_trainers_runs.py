@@ -30,7 +30,8 @@ from trl import SFTConfig, SFTTrainer
 
 from anchor_context import AnchorDataCollator, patch_model
 from anchor_context.data.loader import make_loader
-from anchor_context.data.packing import prepare_rows
+from anchor_context.data.options import DataOptions
+from anchor_context.data.prepare import prepare_rows
 
 ROOT = Path(__file__).parents[2]
 ROW = 64
@@ -136,10 +137,9 @@ def batches_of_train_py(folder: Path, tokenizer, *, placement: str) -> list[dict
     """What train.py trained on, from its cache: a batch for each micro-batch."""
     prepared = prepare_rows(
         str(folder / "texts.jsonl"),
-        data_format="raw_json",
+        DataOptions(seq_length=ROW),
         tokenizer=tokenizer,
         vocab_size=64,
-        row_length=ROW,
         anchor_placement=placement,
         cache_dir=folder / "cache",
     )
@@ -159,11 +159,14 @@ def patched(model_folder: Path, *, engine: str = "flash"):
     return patch_model(AutoModelForCausalLM.from_pretrained(model_folder), engine=engine)
 
 
-def train_trainer(model, rows: Dataset, collator: AnchorDataCollator, folder: Path) -> list[float]:
+def train_trainer(
+    model, rows: Dataset, collator: AnchorDataCollator, folder: Path, **more
+) -> list[float]:
     """The Hugging Face Trainer on the rows in this order; the losses of its steps."""
     losses = Losses()
     # Without `remove_unused_columns=False` it would drop `seq_lengths`.
-    arguments = TrainingArguments(output_dir=folder, remove_unused_columns=False, **SETTINGS)
+    settings = {"output_dir": folder, "remove_unused_columns": False} | SETTINGS | more
+    arguments = TrainingArguments(**settings)
     Trainer(
         model, arguments, data_collator=collator, train_dataset=rows, callbacks=[losses]
     ).train()
@@ -239,6 +242,23 @@ def test_a_trainer_with_one_anchor_per_row_and_train_py_agree_at_every_step(mode
     losses = train_trainer(model, Dataset.from_list(features), collator, tmp_path / "trainer")
     assert len(set(expected)) == SETTINGS["max_steps"]
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["flash", "flex", "reference"])
+def test_a_trainer_that_compiles_trains_the_same(model_folder, tmp_path, engine):
+    """aot_eager traces forward and backward as inductor does, and leaves out the C++."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    collator = AnchorDataCollator(tokenizer, engine=engine)
+    rows = Dataset.from_list([{"input_ids": tokenizer(text)["input_ids"]} for text in texts()])
+    settings = {"per_device_train_batch_size": 2}
+    runs = [
+        train_trainer(
+            patched(model_folder, engine=engine), rows, collator, tmp_path, **settings, **compiled
+        )
+        for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"})
+    ]
+    assert len(set(runs[0])) == SETTINGS["max_steps"]
+    np.testing.assert_allclose(runs[1], runs[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -343,3 +363,61 @@ def test_trl_alone_with_a_patched_model_states_boundaries_enough(model_folder, t
     assert trainer.model(**theirs).loss.item() == pytest.approx(own_loss, abs=1e-6)
     trainer.train()
     assert losses.values[-1] < losses.values[0]
+
+
+STREAMED = """\
+import json, sys
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from anchor_context import AnchorDataCollator, patch_model
+
+folder, rows, settings, out = sys.argv[1:]
+trainer = Trainer(
+    patch_model(AutoModelForCausalLM.from_pretrained(folder)),
+    TrainingArguments(output_dir=out, remove_unused_columns=False, **json.loads(settings)),
+    data_collator=AnchorDataCollator(AutoTokenizer.from_pretrained(folder)),
+    train_dataset=Dataset.from_list(json.loads(rows)).to_iterable_dataset(),
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    open(f"{out}/losses", "w").write(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow  # two processes
+def test_streamed_documents_train_on_several_processes_where_each_fetches_its_own(
+    model_folder, tmp_path
+):
+    """Accelerate would have the first process make all batches, which a layout does not go through."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts()[:6]]
+    whole = train_trainer(
+        patched(model_folder),
+        Dataset.from_list(rows),
+        AnchorDataCollator(tokenizer),
+        tmp_path / "whole",
+    )
+    (tmp_path / "program.py").write_text(STREAMED)
+    settings = SETTINGS | {"gradient_accumulation_steps": 1}
+    settings |= {"accelerator_config": {"dispatch_batches": False}}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]
+    command += [tmp_path / "program.py", model_folder, json.dumps(rows), json.dumps(settings)]
+    result = subprocess.run(
+        [str(word) for word in [*command, tmp_path / "out"]],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    np.testing.assert_allclose(
+        json.loads((tmp_path / "out/losses").read_text()), whole, rtol=0, atol=1e-5
+    )

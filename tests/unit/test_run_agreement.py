@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -14,8 +15,11 @@ import torch
 import torch.distributed
 import torch.multiprocessing as mp
 
-from anchor_context import agreement
-from anchor_context.agreement import PreemptionGuard, on_each_machine, on_one_rank
+from anchor_context import command_line
+from anchor_context.attention.patterns import check_pattern
+from anchor_context.run import agreement, preemption
+from anchor_context.run.agreement import on_each_machine, on_one_rank
+from anchor_context.run.preemption import PreemptionGuard
 
 
 def start(ranks: int, job, folder: Path):
@@ -43,6 +47,43 @@ def _rank_main(rank: int, ranks: int, port: int, job, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+class Awkward(Exception):
+    """As libraries write them: it pickles, but does not come back."""
+
+    def __init__(self, what, where):
+        super().__init__(f"{what} in {where}")
+
+
+def errors_arrive(rank: int, accelerator) -> None:
+    def fails_awkwardly():
+        raise Awkward("trouble", "the cellar")
+
+    with pytest.raises(Exception) as caught:
+        on_one_rank(accelerator, fails_awkwardly)
+    if rank == 0:
+        assert type(caught.value) is Awkward and str(caught.value) == "trouble in the cellar"
+    else:
+        assert type(caught.value) is agreement.ErrorElsewhere
+        assert str(caught.value) == "Awkward: trouble in the cellar"
+        assert "in fails_awkwardly" in caught.value.__cause__.tb
+
+    def moves():
+        os.rename("/nowhere/a", "/nowhere/b")
+
+    with pytest.raises(FileNotFoundError, match="'/nowhere/a' -> '/nowhere/b'"):
+        on_one_rank(accelerator, moves)
+
+    # What a command says of an error is the same on all ranks: ours in one line, a library's not.
+    with pytest.raises(ValueError) as ours:
+        on_one_rank(accelerator, lambda: check_pattern("nonsense", "none"))
+    assert command_line._mistake(ours.value) == str(ours.value)
+    assert "nonsense" in str(ours.value)
+    with pytest.raises(ValueError) as librarys:
+        on_one_rank(accelerator, lambda: json.loads("{"))
+    assert command_line._mistake(librarys.value) is None
+    assert "Expecting property name" in str(librarys.value)
+
+
 def agree(rank: int, folder: Path, accelerator) -> None:
     agreement.HEARTBEAT_SECONDS = 0.02  # several beats before the work is done
     threads = threading.active_count()
@@ -63,6 +104,7 @@ def agree(rank: int, folder: Path, accelerator) -> None:
         on_one_rank(accelerator, fails)
     assert (caught.value.errno, caught.value.filename) == (2, "/somewhere")
     assert on_one_rank(accelerator, lambda: None) is None
+    errors_arrive(rank, accelerator)
     each_machine_once(rank, accelerator)
 
     signalled_at_the_door(rank)
@@ -96,16 +138,16 @@ def agree(rank: int, folder: Path, accelerator) -> None:
 def each_machine_once(rank: int, accelerator) -> None:
     """Two ranks of one machine, then as if each were a machine's first, with a cache of its own."""
     ran = []
-    on_each_machine(accelerator, lambda: ran.append(rank))
+    assert on_each_machine(accelerator, lambda: ran.append(rank) or f"of {rank}") == "of 0"
     assert ran == [0][: 1 - rank]
 
-    def prepares_for_longer_on_the_second() -> object:
+    def prepares_for_longer_on_the_second() -> str:
         threading.Event().wait(0.1 * rank)
         ran.append("own")
-        return threading.Lock()  # what it returns does not travel: this could not
+        return f"of {rank}"
 
     machine = SimpleNamespace(is_local_main_process=True)
-    on_each_machine(machine, prepares_for_longer_on_the_second)
+    assert on_each_machine(machine, prepares_for_longer_on_the_second) == f"of {rank}"
     assert ran[-1] == "own"
     together = [None, None]
     torch.distributed.all_gather_object(together, ran)
@@ -142,7 +184,7 @@ def signalled_at_the_door(rank: int) -> None:
 
 def blocked(rank: int, folder: Path, accelerator) -> None:
     """Rank 0 waits in a collective for rank 1, which signals it twice instead of coming."""
-    agreement.SAME_REQUEST_SECONDS = -1.0  # every further signal is a second one
+    preemption.SAME_REQUEST_SECONDS = -1.0  # every further signal is a second one
     pids = [None, None]
     torch.distributed.all_gather_object(pids, os.getpid())
     with PreemptionGuard():
