@@ -53,7 +53,7 @@ def laid(prepared) -> set[int]:
         ]
     ),
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 def test_no_token_of_a_held_out_document_is_ever_a_target(
     lengths, repeated, number, seed, placement, how, tmp_path_factory
 ):

@@ -71,7 +71,7 @@ deals = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps(), deals)
 def test_every_unit_is_whole_in_one_micro_batch_of_one_rank(case, options):
     rows, kind = case
@@ -105,7 +105,7 @@ def test_every_unit_is_whole_in_one_micro_batch_of_one_rank(case, options):
     assert by_place == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps(), deals)
 def test_a_micro_batch_keeps_the_limit_or_that_of_the_longest_unit_there(case, options):
     rows, kind = case
@@ -122,7 +122,7 @@ def test_a_micro_batch_keeps_the_limit_or_that_of_the_longest_unit_there(case, o
             assert alone or plan.tokens[index, rank] <= options["most_tokens"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps(), deals)
 def test_no_micro_batch_is_blank_on_all_ranks(case, options):
     rows, kind = case
@@ -134,7 +134,7 @@ def test_no_micro_batch_is_blank_on_all_ranks(case, options):
     assert plan.work_imbalance >= plan.least_imbalance * (1 - 1e-12) and plan.least_imbalance >= 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(steps(), deals, st.integers(0, 9))
 def test_places_depend_on_boundaries_and_options_alone(case, options, seed):
     """Neither on tokens, nor on labels, nor on a random state, nor on what was dealt before."""

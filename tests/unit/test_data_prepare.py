@@ -97,7 +97,7 @@ def unpack(prepared, *, documents: list[list[int]], placement: str) -> list[int]
     return laid
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 200), st.booleans()), min_size=1, max_size=30),
     row_length=st.integers(2, 150),
@@ -251,7 +251,7 @@ def test_a_domain_tag_is_seen_but_no_target(tmp_path):
     assert prepared.report["tag_tokens"] == len("web") + len("a book")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=10),
     row_length=st.integers(2, 40),

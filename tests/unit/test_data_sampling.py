@@ -40,7 +40,7 @@ def test_long_documents_come_factor_times_as_often_and_no_source_grows():
     assert times.min() == 0 and times.max() >= 2  # room was made
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     factor=st.floats(1, 20),
     tokens=st.integers(1, 20_000),

@@ -178,7 +178,7 @@ def placed_rows(draw) -> list[RowPlan]:
     return plans
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(placed_rows(), st.none() | st.integers(1, 40))
 def test_the_ranks_compute_every_pair_once_and_send_nothing_else(plans, window):
     ranks, row_length = plans[0].ranks, int(plans[0].row.boundaries[-1])

@@ -55,7 +55,7 @@ def log_normal_rows(row_length: int, *, rows: int, sigma: float, seed: int) -> l
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows(), st.none() | st.integers(1, 60), st.booleans())
 def test_counts_equal_those_of_every_pair_of_tokens(case, window, anchored):
     boundaries, ranks = case
@@ -76,7 +76,7 @@ def test_counts_equal_those_of_every_pair_of_tokens(case, window, anchored):
     assert plan.sent_tokens == len(sent)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rows())
 def test_every_rank_gets_equally_many_tokens_and_a_plain_ring_sends_no_less(case):
     boundaries, ranks = case

@@ -593,7 +593,7 @@ def test_every_file_is_in_the_manifest(run_folder):
     assert len(files) == 7
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_changed_byte_is_found(two_ranks, data):
     path = two_ranks[0] / "checkpoints/checkpoint_3_12"
