@@ -672,7 +672,7 @@ def main(flags: Flags) -> None:
             )
 
     patience = Patience()
-    last_checkpoint_time = time.monotonic()
+    checkpoint_due, last_checkpoint_time = False, time.monotonic()
     first_step, stopping, too_bad = progress.step + 1, False, False
 
     with PreemptionGuard() as guard:
@@ -761,11 +761,12 @@ def main(flags: Flags) -> None:
             if progress.step < max_steps and not stopping:
                 stopping = not validation.at(progress.step, stop=guard.requested)
 
-            # ---- Reasons to save, never after a skipped step: the run stops, or it is time to, by its steps
-            # or by the main rank's clock.
+            # ---- Reasons to save: the run stops, or it is time to, by its steps or by the main rank's clock.
+            # Never after a skipped step: a checkpoint then waits for the next good one.
             hours = (time.monotonic() - last_checkpoint_time) / 3600
-            checkpoint_due = not skipped and (
-                stopping
+            checkpoint_due = (
+                checkpoint_due
+                or stopping
                 or (flags.checkpoint_every and progress.step % flags.checkpoint_every == 0)
                 or (flags.save_per_hours and guard.main_decides(hours >= flags.save_per_hours))
             )
@@ -776,9 +777,9 @@ def main(flags: Flags) -> None:
             if checkpoints.unproven:
                 with log.pause():
                     checkpoints.judge(finite=not skipped)
-            if checkpoint_due:
+            if checkpoint_due and not skipped:
                 save_checkpoint()
-                last_checkpoint_time = time.monotonic()
+                checkpoint_due, last_checkpoint_time = False, time.monotonic()
             if model_due:
                 with log.pause():
                     folder, last = output / f"step-{progress.step}", progress.step == max_steps

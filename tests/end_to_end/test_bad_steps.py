@@ -122,9 +122,12 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(
     assert verify_checkpoint(good) == [] and verify_checkpoint(in_doubt) == []
     assert metrics(output)[-1]["step"] == 7 and (output / "loss.png").exists()
 
-    # Its cause mended, it continues, and the record of the replayed step is the new one's.
+    # Its cause mended, it continues, and the record of the replayed step is the new one's. The checkpoint
+    # that was due at the bad one comes with the next.
+    flags += ("--checkpoint_every", "5")
     with started(tiny, 2, output, *flags, *cache, hooks=poison({(0, 2): "gradient"})) as run:
         printed = run.finish(0)
+    assert verify_checkpoint(output / "checkpoints" / "checkpoint_6_12") == []
     assert f"resumed  {good}: 3 steps" in printed
     assert [step["step"] for step in bad_steps(output)] == [2, 5]
     assert [step["step"] for step in metrics(output)] == list(range(1, 10))
