@@ -34,6 +34,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from anchor_context.data.fingerprint import origin
 from anchor_context.data.held_out import HELD_OUT
 from anchor_context.data.options import DataOptions
 from anchor_context.data.prepare import prepare_rows
@@ -216,7 +217,8 @@ class Validation:
         """Whether the last one found a loss that is not finite: no training step may follow to show it."""
         self._lowest, self._done = None, first_step
         if views:
-            record = partial(_recorded, metrics, first_step, best=best)
+            self._rows = origin(views["packed"].rows.fingerprint)
+            record = partial(_recorded, metrics, first_step, best=best, rows=self._rows)
             self._lowest, owed = on_one_rank(accelerator, record)
             self._done = None if owed else first_step
         self._batches, self._firsts = {}, {}
@@ -253,7 +255,8 @@ class Validation:
             if loss is not None and (self._lowest is None or loss < self._lowest):
                 self._lowest = loss
                 if self.best is not None:
-                    self.save(self.best, validation={"step": step, "eval_loss": loss})
+                    found = {"step": step, "eval_loss": loss, "rows": self._rows}
+                    self.save(self.best, validation=found)
             # Last, so that whatever ends the run before it is done again by the resumed one.
             self.log.validation(step, figures)
         self._done = step
@@ -305,13 +308,17 @@ def _prepared_for_rank(batch: dict, *, beginnings: bool, share: Callable[[dict],
     return share(with_target_positions(batch, beginnings=beginnings))
 
 
-def _recorded(metrics: Path, step: int, *, best: Path | None) -> tuple[float | None, bool]:
+def _recorded(
+    metrics: Path, step: int, *, best: Path | None, rows: dict
+) -> tuple[float | None, bool]:
     """(the validation loss of the model at `best`; whether the record of `step` is there without one).
 
-    A model of a later step is of a course that the run has left: it has no best one yet.
+    A model of a later step is of a course that the run has left, and a loss on other rows is not compared:
+    the run has no best model yet.
     """
     kept = None if best is None else validation_of(best)
-    lowest = kept["eval_loss"] if kept and kept["step"] <= step else None
+    same = kept and kept["step"] <= step and kept.get("rows", rows) == rows
+    lowest = kept["eval_loss"] if same else None
     records = read_metrics(metrics)
     last = records[-1] if records else {}
     return lowest, last.get("step") == step and "eval_loss" not in last

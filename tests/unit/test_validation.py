@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -427,6 +428,13 @@ def test_the_best_model_is_that_of_the_lowest_loss(tiny, views, tmp_path, monkey
     # Back at step 4, of another course: the model of step 5 is none of this run's.
     go(make_validation(tiny, views, first_step=4, **more), [5])
     assert saved == [1, 3, 5, 5]
+    # A loss on other documents says nothing of this run's.
+    rows = views["packed"].rows
+    other = rows.fingerprint | {"data": [{"content": "another"}]}
+    rows = replace(rows, manifest=rows.manifest | {"fingerprint": other})
+    others = views | {"packed": views["packed"]._replace(rows=rows)}
+    assert make_validation(tiny, views, first_step=5, **more)._lowest == 9.0
+    assert make_validation(tiny, others, first_step=5, **more)._lowest is None
     # A run that begins to keep the best has none yet.
     shutil.rmtree(best)
     assert make_validation(tiny, views, first_step=5, **more)._lowest is None
