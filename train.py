@@ -85,7 +85,7 @@ from anchor_context.integrations.adapters import (
 )
 from anchor_context.integrations.calls import layer_windows, sliding_window_of, softcap_of
 from anchor_context.integrations.language_model import (
-    check_has_weights,
+    check_files,
     language_model_config,
     load_language_model,
     weightless_model,
@@ -384,7 +384,9 @@ def main(flags: Flags) -> None:
     if flags.from_scratch:
         notes += ["weights  random (--from_scratch)"]
     elif not flags.plan_only:
-        check_has_weights(flags.model_name_or_path)
+        check_files(
+            flags.model_name_or_path, config=config, trust_remote_code=flags.trust_remote_code
+        )
     if (context := context_schedule_of(flags)) is not None:
         notes += [
             f"context  documents are cut at {context.start:,} tokens, at more in each step, and not at all "

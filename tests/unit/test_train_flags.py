@@ -364,12 +364,12 @@ def test_a_model_s_own_code_runs_only_by_the_flag(tmp_path, monkeypatch):
 def test_nothing_is_loaded_past_the_flag_for_a_models_own_code():
     """What train.py loads takes the flag, and what loads the model for it takes what it is given."""
     places = {  # file -> (how many calls, what each of them gets)
-        train.__file__: (4, "flags.trust_remote_code"),
+        train.__file__: (5, "flags.trust_remote_code"),
         language_model.__file__: (6, "trust_remote_code"),
     }
     loads = (
         *("from_pretrained", "from_config"),
-        *("load_tokenizer", "load_language_model", "weightless_model"),
+        *("load_tokenizer", "load_language_model", "weightless_model", "check_files"),
     )
     for file, (number, value) in places.items():
         calls = [
