@@ -63,6 +63,7 @@ def parser() -> FlagParser:
         ("run --length 5 more", "unknown: more"),
         ("run --text_column a", "required: --length"),
         ("run --length five", "invalid int value: 'five'"),
+        ("run --length 5 --text-column=", "argument .*--text.column.*: is empty"),
         ("walk", "invalid choice: 'walk'"),
         ("", "required: command"),
     ],
@@ -75,6 +76,15 @@ def test_a_flag_that_is_wrong_is_named_and_a_misspelt_one_is_not_a_missing_one(l
 def test_flags_and_what_may_stand_behind_them():
     flags = parser().parse_args(["run", "--text-column", "-- a b", "--length=-5"])
     assert (flags.command, flags.length, flags.text_column) == ("run", -5, "-- a b")
+
+
+def test_home_is_home_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = parser().parse_args(["run", "--length=5", "--text-column=~/a b,~/c/*.jsonl,d~"])
+    assert flags.text_column == "/home/me/a b,/home/me/c/*.jsonl,d~"
+    made = FlagParser(prog="thing")
+    made.add_argument("--out", type=Path)
+    assert made.parse_args(["--out=~/x"]).out == Path("/home/me/x")
 
 
 def ended_by(work, capsys) -> str:
