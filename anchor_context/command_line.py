@@ -100,9 +100,8 @@ class FlagParser(HfArgumentParser):
         value = super()._get_value(action, text)
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentError(action, f"{text} is no finite number")
-        if isinstance(
-            value, str
-        ):  # the shell leaves `--output-dir=~/run` as it is, and `~` behind a comma
+        # The shell leaves `--output-dir=~/run` as it is, and `~` behind a comma.
+        if isinstance(value, str):
             value = ",".join(map(os.path.expanduser, value.split(",")))
         return value.expanduser() if isinstance(value, Path) else value
 
