@@ -174,9 +174,10 @@ class AnchorDataCollator:
 
     A feature with `seq_lengths` (TRL's packing writes it; the Trainer drops it unless
     `remove_unused_columns=False`) is one row of documents of these lengths; rows are padded to the
-    longest. Features without it are documents, or documents whose `position_ids` restart at 0, and all of
-    them together make one row: no padding, nothing cut. Anchors are placed as the engine computes them best, one at the start of every
-    document (an anchor that is already there is not doubled) or one per row:
+    longest. Features without it are documents, or several whose `position_ids` restart at 0, and all of
+    them together make one row: no padding, nothing cut. Anchors are placed as the engine computes them
+    best, one at the start of every document (an anchor that is already there is not doubled) or one per
+    row:
 
         tokens         ^  a  b  ^  c  d  e       (two documents, per-document anchors)
         labels        -100 a  b -100 c  d  e      transformers' form: the token itself, if a target
@@ -208,8 +209,8 @@ class AnchorDataCollator:
         self.anchor = None if self.anchor_placement == "none" else find_anchor_id(tokenizer)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Raises `ValueError` for padded features, masks of the loss that are not in the labels, `seq_lengths`
-        that do not add up, `position_ids` that do not count documents, and empty rows."""
+        """Raises `ValueError` for padded features, a mask of the loss without labels, `seq_lengths` that do
+        not add up, `position_ids` that do not count each document's tokens, and empty rows."""
         if any("seq_lengths" in feature for feature in features):
             rows = [_documents(feature) for feature in features]
         else:
