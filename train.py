@@ -846,6 +846,9 @@ def check_flags(flags: Flags) -> None:
         "eval_every",
         "memory_gib",
         "decay_steps",
+        "ulysses_degree",
+        "ring_degree",
+        "model_max_position_embeddings",
     ):
         if getattr(flags, name) is not None and getattr(flags, name) <= 0:
             raise ValueError(f"--{name} {getattr(flags, name)} must be positive, or left out")

@@ -328,6 +328,8 @@ def test_documents_of_nothing_but_an_anchor(tmp_path):
         ("anchor_placement", "both", "--anchor_placement both is unknown"),
         ("packing", "first_fit", "--packing first_fit is unknown"),
         ("seq_length", 1, "--seq-length 1 leaves no room"),
+        ("seed", -1, "--seed -1 must be from 0 to 4,294,967,295"),
+        ("seed", 1 << 32, "--seed 4294967296 must be"),
         ("domain_tag", True, "--domain_tag needs --source_column"),
         ("mixture", "a=1", "--mixture needs --source_column"),
         ("upsample_long", "5x4096", "FACTOR@TOKENS"),
