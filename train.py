@@ -143,6 +143,7 @@ from anchor_context.run.folder import (
     record_run,
     recorded_memory_plan,
     save_model,
+    sees_claim,
     summary,
 )
 from anchor_context.run.lifeline import end_with_launcher
@@ -473,7 +474,9 @@ def main(flags: Flags) -> None:
     # Where the run stands: a checkpoint to resume from says how many rows are done, and so how many steps
     # are left. From here on the output folder is this run's alone.
 
-    on_one_rank(accelerator, partial(claim_output, output, resume=flags.resume))
+    claim = on_one_rank(accelerator, partial(claim_output, output, resume=flags.resume))
+    seen = gather_object([on_each_machine(accelerator, partial(sees_claim, output, claim))])
+    notes += check_shared(flags, all(seen))
     checkpoint = on_one_rank(accelerator, partial(find_checkpoint, output, flags.resume))
     training = training_origin(
         flags.model_name_or_path,
@@ -975,6 +978,17 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
     if grid.ulysses_degree > 1:
         check_heads(config.num_attention_heads, grid.ulysses_degree)
     check_attention(flags, softcap=softcap_of(config))
+
+
+def check_shared(flags: Flags, shared: bool) -> list[str]:
+    """What to say of an output folder that not all machines see. Raises `ValueError` if checkpoints are asked
+    for: every rank writes a part of them."""
+    if shared:
+        return []
+    told = f"--output-dir {flags.output_dir} is not on storage that all machines share"
+    if flags.checkpoint_every or flags.save_per_hours or flags.resume != "never":
+        raise ValueError(f"{told}, and checkpoints are written there, and read, by all of them")
+    return [f"safety   {told}: no checkpoint can be saved, not even when the run is stopped"]
 
 
 def check_rows(

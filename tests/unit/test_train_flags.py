@@ -386,6 +386,15 @@ def test_nothing_is_loaded_past_the_flag_for_a_models_own_code():
             assert given["trust_remote_code"] == value
 
 
+def test_checkpoints_need_a_folder_that_all_machines_see():
+    assert train.check_shared(GOOD, True) == []
+    (told,) = train.check_shared(GOOD, False)
+    assert told.startswith("safety ") and "no checkpoint can be saved" in told
+    for change in ({"checkpoint_every": 9}, {"save_per_hours": 1.0}, {"resume": "auto"}):
+        with pytest.raises(ValueError, match="--output-dir .* not on storage that all machines"):
+            train.check_shared(replace(GOOD, **change), False)
+
+
 def test_models_that_can_be_trained_pass():
     for parallel in ("data_parallel", "ring_attn"):  # a window, and anchors that it hides
         flags = replace(GOOD, parallel_mode=parallel)
