@@ -92,7 +92,8 @@ class FlagParser(HfArgumentParser):
         return found, rest
 
     def _get_values(self, action: argparse.Action, texts: list[str]) -> Any:
-        if "" in texts:  # it would be the folder in which the command was started
+        of_command = action.nargs == argparse.PARSER  # whose own parser sees them
+        if "" in texts and not of_command:  # as a path, the folder that the command was started in
             raise argparse.ArgumentError(action, "is empty: is a variable of the shell not set?")
         return super()._get_values(action, texts)
 

@@ -63,7 +63,6 @@ def parser() -> FlagParser:
         ("run --length 5 more", "unknown: more"),
         ("run --text_column a", "required: --length"),
         ("run --length five", "invalid int value: 'five'"),
-        ("run --length 5 --text-column=", "argument .*--text.column.*: is empty"),
         ("walk", "invalid choice: 'walk'"),
         ("", "required: command"),
     ],
@@ -76,6 +75,12 @@ def test_a_flag_that_is_wrong_is_named_and_a_misspelt_one_is_not_a_missing_one(l
 def test_flags_and_what_may_stand_behind_them():
     flags = parser().parse_args(["run", "--text-column", "-- a b", "--length=-5"])
     assert (flags.command, flags.length, flags.text_column) == ("run", -5, "-- a b")
+
+
+@pytest.mark.parametrize("words", [["--text-column="], ["--text-column", ""]])
+def test_an_empty_value_is_a_variable_that_is_not_set(words):
+    with pytest.raises(ValueError, match="argument .*--text.column.*: is empty: is a variable"):
+        parser().parse_args(["run", "--length=5", *words])
 
 
 def test_home_is_home_where_the_shell_leaves_it(monkeypatch):
