@@ -345,6 +345,19 @@ def test_options_that_cannot_be(tmp_path, option, value, says):
 # -- the cache -----------------------------------------------------------------------------------------
 
 
+def test_waiting_for_another_preparation_is_told(tmp_path, monkeypatch):
+    data, told = write_texts(tmp_path / "d.jsonl", ["abc"]), []
+    rows = prepare(data, tmp_path, seq_length=8)
+    shutil.rmtree(rows.directory)
+    (name,) = tmp_path.glob("rows-*.lock")
+    other = FileLock(name)
+    other.acquire()
+    monkeypatch.setattr(preparation, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(preparation, "warn", lambda text: told.append(text) or other.release())
+    assert prepare(data, tmp_path, seq_length=8).report == rows.report
+    assert told == [f"another process prepares these rows (it holds {name}): waiting for its end"]
+
+
 def test_whatever_shapes_the_rows_is_in_the_fingerprint(tmp_path):
     data = write_texts(tmp_path / "d.jsonl", ["hello there", "b" * 90, "a</s>b"])
     first = prepare(data, tmp_path)
