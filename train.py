@@ -85,7 +85,7 @@ from anchor_context.integrations.adapters import (
 )
 from anchor_context.integrations.calls import layer_windows, sliding_window_of, softcap_of
 from anchor_context.integrations.language_model import (
-    check_has_weights,
+    check_files,
     language_model_config,
     load_language_model,
     weightless_model,
@@ -143,6 +143,7 @@ from anchor_context.run.folder import (
     record_run,
     recorded_memory_plan,
     save_model,
+    sees_claim,
     summary,
 )
 from anchor_context.run.lifeline import end_with_launcher
@@ -384,7 +385,9 @@ def main(flags: Flags) -> None:
     if flags.from_scratch:
         notes += ["weights  random (--from_scratch)"]
     elif not flags.plan_only:
-        check_has_weights(flags.model_name_or_path)
+        check_files(
+            flags.model_name_or_path, config=config, trust_remote_code=flags.trust_remote_code
+        )
     if (context := context_schedule_of(flags)) is not None:
         notes += [
             f"context  documents are cut at {context.start:,} tokens, at more in each step, and not at all "
@@ -471,7 +474,9 @@ def main(flags: Flags) -> None:
     # Where the run stands: a checkpoint to resume from says how many rows are done, and so how many steps
     # are left. From here on the output folder is this run's alone.
 
-    on_one_rank(accelerator, partial(claim_output, output, resume=flags.resume))
+    claim = on_one_rank(accelerator, partial(claim_output, output, resume=flags.resume))
+    seen = gather_object([on_each_machine(accelerator, partial(sees_claim, output, claim))])
+    notes += check_shared(flags, all(seen))
     checkpoint = on_one_rank(accelerator, partial(find_checkpoint, output, flags.resume))
     training = training_origin(
         flags.model_name_or_path,
@@ -844,6 +849,9 @@ def check_flags(flags: Flags) -> None:
         "eval_every",
         "memory_gib",
         "decay_steps",
+        "ulysses_degree",
+        "ring_degree",
+        "model_max_position_embeddings",
     ):
         if getattr(flags, name) is not None and getattr(flags, name) <= 0:
             raise ValueError(f"--{name} {getattr(flags, name)} must be positive, or left out")
@@ -970,6 +978,17 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
     if grid.ulysses_degree > 1:
         check_heads(config.num_attention_heads, grid.ulysses_degree)
     check_attention(flags, softcap=softcap_of(config))
+
+
+def check_shared(flags: Flags, shared: bool) -> list[str]:
+    """What to say of an output folder that not all machines see. Raises `ValueError` if checkpoints are asked
+    for: every rank writes a part of them."""
+    if shared:
+        return []
+    told = f"--output-dir {flags.output_dir} is not on storage that all machines share"
+    if flags.checkpoint_every or flags.save_per_hours or flags.resume != "never":
+        raise ValueError(f"{told}, and checkpoints are written there, and read, by all of them")
+    return [f"safety   {told}: no checkpoint can be saved, not even when the run is stopped"]
 
 
 def check_rows(

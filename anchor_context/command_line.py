@@ -7,7 +7,8 @@
 
 Guarantees: a mistake that the user can mend never ends in a traceback; an error that a library raises
 keeps its traceback, because we cannot explain it. A model's folder that is not there is told at once,
-without asking the hub. A number that is none (`nan`, `inf`) is refused for every flag.
+without asking the hub. A number that is none (`nan`, `inf`) and an empty text are refused for every flag, and
+`~` is the user's home in all of them.
 """
 
 from __future__ import annotations
@@ -90,11 +91,20 @@ class FlagParser(HfArgumentParser):
             self.error(f"unknown: {' '.join(rest)}")
         return found, rest
 
+    def _get_values(self, action: argparse.Action, texts: list[str]) -> Any:
+        of_command = action.nargs == argparse.PARSER  # whose own parser sees them
+        if "" in texts and not of_command:  # as a path, the folder that the command was started in
+            raise argparse.ArgumentError(action, "is empty: is a variable of the shell not set?")
+        return super()._get_values(action, texts)
+
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         value = super()._get_value(action, text)
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentError(action, f"{text} is no finite number")
-        return value
+        # The shell leaves `--output-dir=~/run` as it is, and `~` behind a comma.
+        if isinstance(value, str):
+            value = ",".join(map(os.path.expanduser, value.split(",")))
+        return value.expanduser() if isinstance(value, Path) else value
 
     def _refuse_unknown(self, flags: list[str]) -> None:
         known = [option for action in self._actions for option in action.option_strings]

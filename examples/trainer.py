@@ -33,8 +33,17 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model = patch_model(AutoModelForCausalLM.from_pretrained(name), engine="flash", pattern="anchor")
 collator = AnchorDataCollator(tokenizer, engine="flash", pattern="anchor")
 texts = load_dataset("json", data_files=texts, split="train")
-documents = texts.map(lambda x: tokenizer(x["text"] + tokenizer.eos_token), remove_columns=["text"])
 
-Trainer(model, arguments, data_collator=collator, train_dataset=documents).train()
+
+def tokens_of(example: dict) -> dict:
+    """A text and the end of it. A special token that is written in it is text; the collator places BOS."""
+    as_text = {"add_special_tokens": False, "split_special_tokens": True}
+    ids = tokenizer(example["text"], **as_text)["input_ids"]
+    return {"input_ids": [*ids, tokenizer.eos_token_id]}
+
+
+documents = texts.map(tokens_of, remove_columns=texts.column_names)
+trainer = Trainer(model, arguments, data_collator=collator, train_dataset=documents)
+trainer.train()
 model.save_pretrained(output_dir)  # a plain Hugging Face model: no trace of the patch
 tokenizer.save_pretrained(output_dir)

@@ -72,6 +72,8 @@ class DataOptions:
             raise ValueError(
                 f"--seq-length {self.seq_length} leaves no room for a target; use 2 or more"
             )
+        if not 0 <= self.seed < 1 << 32:  # NumPy's limits
+            raise ValueError(f"--seed {self.seed} must be from 0 to {(1 << 32) - 1:,}")
         if self.eval_documents is not None and self.eval_documents < 1:
             raise ValueError(
                 f"--eval_documents {self.eval_documents} must be positive, or left out"

@@ -24,7 +24,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
 from anchor_context.attention.patterns import ANCHOR_PLACEMENTS, find_anchor_id
@@ -117,7 +117,7 @@ def prepare_rows(
         return _open(target, options)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        held = lock.acquire()
+        held = _acquire(lock)
     except OSError as error:
         raise ValueError(
             f"--cache_dir {cache_dir} holds no rows of these data and options, and cannot be written "
@@ -157,6 +157,20 @@ def prepare_rows(
             lay_rows(store, options, work / "rows", target, made, **model)
         _clear_up(work, target)
         return _open(target, options)
+
+
+QUIET_SECONDS = 5.0
+"""How long a preparation waits for another one of the same rows without a word."""
+
+
+def _acquire(lock: FileLock) -> AcquireReturnProxy:
+    try:
+        return lock.acquire(timeout=QUIET_SECONDS)
+    except Timeout:
+        warn(
+            f"another process prepares these rows (it holds {lock.lock_file}): waiting for its end"
+        )
+        return lock.acquire()
 
 
 def _cached(cache_dir: Path, made: dict, options: DataOptions) -> Path | None:

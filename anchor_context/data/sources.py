@@ -87,8 +87,8 @@ def find_inputs(dataset: list[str] | str) -> list[str]:
             matches, a folder for the files in it; both in the order of their names.
 
     Raises:
-        ValueError: a file that is not there, a glob or folder without a file, an unknown suffix, a folder
-            with data that would be left out, a data set that the hub does not give us.
+        ValueError: a file that is not there, or there twice, a glob or folder without a file, an unknown
+            suffix, a folder with data that would be left out, a data set that the hub does not give us.
     """
     names = [dataset] if isinstance(dataset, str) else dataset
     # os.path: a long list is no path, and pathlib would raise.
@@ -96,6 +96,16 @@ def find_inputs(dataset: list[str] | str) -> list[str]:
     found = [file for name in names if name for file in _files_of(name)]
     if not found:
         raise ValueError("--dataset is empty; name at least one file")
+    names: dict[str, str] = {}
+    for file in found:
+        place = os.path.realpath(file)
+        if place in names:
+            other = "" if names[place] == file else f", also as {names[place]}"
+            raise ValueError(
+                f"--dataset names {file} twice{other}: its documents would be trained on twice. Name it "
+                "once; --mixture and --upsample_long give some more weight, --max-train-steps more epochs"
+            )
+        names[place] = file
     return found
 
 
@@ -123,7 +133,7 @@ def _files_of(name: str) -> list[str]:
 
 def _files_matching(pattern: str) -> list[str]:
     """The files that a glob matches, by name. `ValueError` for none, and for data that are not among them."""
-    matches = sorted(glob.glob(pattern, recursive=True))
+    matches = sorted(set(glob.glob(pattern, recursive=True)))  # `**/**` finds some twice
     files = [match for match in matches if Path(match).is_file()]
     # With `**` a folder is matched besides what is in it.
     read = {folder for file in files for folder in Path(file).parents} | set(map(Path, files))

@@ -10,9 +10,11 @@ Costs: the whole model is read once on the CPU, and what is not the language mod
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +26,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
+from transformers.utils import logging as transformers_logging
+
+from anchor_context.files import warn
 
 
 def language_model_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -82,23 +87,102 @@ def load_language_model(
     Raises:
         ValueError: what lies inside is of another class than the configuration says, or it has other weights.
     """
+    model, found = _load(name, config, trust_remote_code=trust_remote_code, **settings)
+    _refuse_missing(model, found, name)
+    if model.config.model_type != config.model_type:
+        return _language_model_inside(model, name, config)
+    _refuse_two_heads(model, name)
+    return model
+
+
+def check_files(name: str, *, config: PretrainedConfig, trust_remote_code: bool) -> None:
+    """Raise `ValueError` where the files of the model `name` hold other weights than `config` speaks of.
+
+    transformers drops what has no place in the model, as layers beyond `num_hidden_layers`, and under ZeRO-3
+    without a word. What is no part of a module that the model has, as the head of a reward model or of
+    several tokens at once, is dropped here, too, and told.
+
+    Costs: names and sizes are read, the weights not.
+    """
+    check_has_weights(name)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # or it would tell the same as a table
+    try:
+        model, found = _load(
+            name,
+            copy.deepcopy(config),
+            trust_remote_code=trust_remote_code,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+        )
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"--model_name_or_path {name}: its weights cannot be read ({' '.join(str(error).split())}): the "
+            "download broke off, or git left pointers to the files (git lfs pull)"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"--model_name_or_path {name} holds an adapter beside the model (adapter_config.json), which "
+            "transformers puts into it: merge it into the weights, or move it away"
+        )
+    _refuse_missing(model, found, name)
+    for weight, in_files, in_model in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"--model_name_or_path {name}: its files have {weight} of size {tuple(in_files)}, its "
+            f"config.json speaks of {tuple(in_model)}: one of them belongs to another model"
+        )
+    others = sorted(found["unexpected_keys"])
+    parts = _of_its_modules(others, model, config)
+    if parts:
+        more = f" and {len(parts) - 3:,} more" if len(parts) > 3 else ""
+        raise ValueError(
+            f"--model_name_or_path {name} holds {', '.join(parts[:3])}{more}, and its config.json speaks of "
+            "no such weights: they would be left out. Mend the config.json, or take them out of the files"
+        )
+    if others and os.environ.get("LOCAL_RANK", "0") == "0":
+        more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+        warn(
+            f"{name}: {others[0]}{more} of its weights are no part of the language model: left out"
+        )
+
+
+def _of_its_modules(keys: list[str], model: PreTrainedModel, config: PretrainedConfig) -> list[str]:
+    """The weights that belong to a module of the language model, or to one more in a list of them.
+
+    Not so layers that predict tokens beyond the next, which files number like the others.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    own = {head, *decoder.modules()} - {decoder}
+    modules = dict(model.base_model.named_modules()) | dict(model.named_modules())
+    first = config.num_hidden_layers
+    beyond = range(first, first + (getattr(config, "num_nextn_predict_layers", None) or 0))
+
+    def is_part(key: str) -> bool:
+        while key and key not in modules:
+            key = key.rpartition(".")[0]
+        return bool(key) and modules[key] in own
+
+    return [k for k in keys if is_part(k) and not any(f".{layer}." in k for layer in beyond)]
+
+
+def _load(
+    name: str, config: PretrainedConfig, *, trust_remote_code: bool, **settings
+) -> tuple[PreTrainedModel, dict]:
+    """The causal model, or the one that holds the language model of this `config`; what was found of it."""
     whole_config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    settings["output_loading_info"] = True
+    settings |= {"output_loading_info": True}
     forget_attention(config)
     if whole_config.model_type == config.model_type:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             name, config=config, trust_remote_code=trust_remote_code, **settings
         )
-        _refuse_missing(model, found, name)
-        _refuse_two_heads(model, name)
-        return model
     forget_attention(whole_config)
     whole_config.text_config = config
-    whole, found = AutoModelForImageTextToText.from_pretrained(
+    return AutoModelForImageTextToText.from_pretrained(
         name, config=whole_config, trust_remote_code=trust_remote_code, **settings
     )
-    _refuse_missing(whole, found, name)
-    return _language_model_inside(whole, name, config)
 
 
 def _refuse_missing(model: PreTrainedModel, found: dict, name: str) -> None:

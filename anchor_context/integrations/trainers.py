@@ -174,9 +174,10 @@ class AnchorDataCollator:
 
     A feature with `seq_lengths` (TRL's packing writes it; the Trainer drops it unless
     `remove_unused_columns=False`) is one row of documents of these lengths; rows are padded to the
-    longest. Features without it are documents, and all of them together make one row: no padding,
-    nothing cut. Anchors are placed as the engine computes them best, one at the start of every
-    document (an anchor that is already there is not doubled) or one per row:
+    longest. Features without it are documents, or several whose `position_ids` restart at 0, and all of
+    them together make one row: no padding, nothing cut. Anchors are placed as the engine computes them
+    best, one at the start of every document (an anchor that is already there is not doubled) or one per
+    row:
 
         tokens         ^  a  b  ^  c  d  e       (two documents, per-document anchors)
         labels        -100 a  b -100 c  d  e      transformers' form: the token itself, if a target
@@ -208,7 +209,8 @@ class AnchorDataCollator:
         self.anchor = None if self.anchor_placement == "none" else find_anchor_id(tokenizer)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Raises `ValueError` for padded features, `seq_lengths` that do not add up, and empty rows."""
+        """Raises `ValueError` for padded features, a mask of the loss without labels, `seq_lengths` that do
+        not add up, `position_ids` that do not count each document's tokens, and empty rows."""
         if any("seq_lengths" in feature for feature in features):
             rows = [_documents(feature) for feature in features]
         else:
@@ -274,14 +276,29 @@ def _document(ids: Sequence[int], labels: Sequence[int] | None = None) -> Docume
     return ids, ids.copy() if labels is None else np.asarray(labels, dtype=np.int64)
 
 
+LOSS_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+"""In which others say which tokens are targets, until they have labels."""
+
+
 def _documents(feature: Mapping[str, Any]) -> list[Document]:
-    """The documents of one feature: `input_ids`, perhaps `labels` and `seq_lengths`."""
+    """The documents of one feature: `input_ids`, perhaps `labels`, and `seq_lengths` or `position_ids`."""
     ids, labels = _document(feature["input_ids"], feature.get("labels"))
     if not np.all(feature.get("attention_mask", 1)):
         raise ValueError(
             "AnchorDataCollator takes documents without padding: tokenize with padding=False"
         )
+    for mask in LOSS_MASKS:
+        if "labels" not in feature and not np.all(feature.get(mask, 1)):
+            raise ValueError(
+                f"{mask} leaves tokens out of the loss, and AnchorDataCollator reads `labels` alone: give it "
+                f"labels, the token ids with {IGNORE_INDEX} where the mask is 0"
+            )
     lengths = np.asarray(feature.get("seq_lengths", [len(ids)]), dtype=np.int64)
+    if "seq_lengths" not in feature and "position_ids" in feature:
+        positions = np.asarray(feature["position_ids"], dtype=np.int64)
+        lengths = np.diff(np.flatnonzero(positions == 0), append=len(ids))
+        if not np.array_equal(positions, np.concatenate([[], *map(np.arange, lengths)])):
+            raise ValueError("position_ids do not count the tokens of each document from 0")
     if lengths.sum() != len(ids) or len(labels) != len(ids):
         raise ValueError(
             f"a row of {len(ids)} tokens has {len(labels)} labels and seq_lengths "

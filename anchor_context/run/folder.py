@@ -19,6 +19,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -41,11 +42,14 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "yunchang", "dat
 LOCK = ".lock"
 
 
-def claim_output(output: Path, *, resume: str) -> None:
+def claim_output(output: Path, *, resume: str) -> str:
     """Make the output folder this process's own, as long as it lives. On the main rank.
 
     The system takes the lock back when the process ends, however it ends, and no forked worker inherits it.
     On a network file system it holds between machines; where there are no locks a warning says so.
+
+    Returns:
+        What the lock's file says, for `sees_claim`.
 
     Raises:
         ValueError: another process writes there, or, as `check_output_is_free`, has written.
@@ -55,10 +59,36 @@ def claim_output(output: Path, *, resume: str) -> None:
         output.mkdir(parents=True, exist_ok=True)
         # Never closed: the lock would go with it.
         descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    if _lock(descriptor, fcntl.LOCK_EX, output):
+    claim = _claim()
+    _lock(descriptor, fcntl.LOCK_EX, output)
+    with disk_errors(output / LOCK, "--output-dir"):
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        os.pwrite(descriptor, claim.encode(), 0)
+        os.fsync(descriptor)  # other machines see what is written when a file is closed, or synced
     check_output_is_free(output, resume=resume)
+    return claim
+
+
+def _claim() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+SEE_SECONDS = 60.0
+"""How long a network file system may remember that a file was not there."""
+
+
+def sees_claim(output: Path, claim: str) -> bool:
+    """Whether this machine sees the main rank's output folder, in which `claim_output` left its `claim`."""
+    if claim == _claim():
+        return True  # and to open and close the file here would give up the lock
+    deadline = time.monotonic() + SEE_SECONDS
+    while True:
+        with suppress(OSError):
+            if (output / LOCK).read_text() == claim:
+                return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(1)
 
 
 def check_nobody_writes(output: Path) -> None:

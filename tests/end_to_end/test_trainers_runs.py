@@ -298,6 +298,21 @@ def test_an_example_trains_and_leaves_a_plain_model(model_folder, tmp_path, exam
     subprocess.run([sys.executable, "-c", program, tmp_path / "out"], check=True, cwd=tmp_path)
 
 
+def test_the_trainer_example_takes_text_for_text(model_folder, tmp_path, monkeypatch):
+    record = {"text": "w1 w</s>2", "labels": "a column of the data"}
+    (tmp_path / "texts.jsonl").write_text(json.dumps(record) + "\n")
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    arguments = ["trainer.py", model_folder, tmp_path / "texts.jsonl", tmp_path / "out"]
+    arguments += ["--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in arguments])
+    trainer = runpy.run_path(str(ROOT / "examples/trainer.py"))["trainer"]
+    (batch,) = trainer.get_train_dataloader()
+    assert batch["input_ids"].tolist() == [
+        [0, 4, 2, 1]
+    ]  # an unknown word, and no end of a document
+    assert batch["shift_labels"].tolist() == [[4, 2, 1, -100]]
+
+
 def test_the_sft_example_keeps_every_token_of_a_long_document(model_folder, tmp_path, monkeypatch):
     """TRL's own default would cut it at max_length; its pieces are documents with anchors."""
     lengths = [2 * ROW + 22, 20, 9]  # with BOS and EOS

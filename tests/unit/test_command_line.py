@@ -77,6 +77,21 @@ def test_flags_and_what_may_stand_behind_them():
     assert (flags.command, flags.length, flags.text_column) == ("run", -5, "-- a b")
 
 
+@pytest.mark.parametrize("words", [["--text-column="], ["--text-column", ""]])
+def test_an_empty_value_is_a_variable_that_is_not_set(words):
+    with pytest.raises(ValueError, match="argument .*--text.column.*: is empty: is a variable"):
+        parser().parse_args(["run", "--length=5", *words])
+
+
+def test_home_is_home_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = parser().parse_args(["run", "--length=5", "--text-column=~/a b,~/c/*.jsonl,d~"])
+    assert flags.text_column == "/home/me/a b,/home/me/c/*.jsonl,d~"
+    made = FlagParser(prog="thing")
+    made.add_argument("--out", type=Path)
+    assert made.parse_args(["--out=~/x"]).out == Path("/home/me/x")
+
+
 def ended_by(work, capsys) -> str:
     """What the user reads; the command must end with code 2."""
     with pytest.raises(SystemExit) as end, one_line_errors():

@@ -328,6 +328,8 @@ def test_documents_of_nothing_but_an_anchor(tmp_path):
         ("anchor_placement", "both", "--anchor_placement both is unknown"),
         ("packing", "first_fit", "--packing first_fit is unknown"),
         ("seq_length", 1, "--seq-length 1 leaves no room"),
+        ("seed", -1, "--seed -1 must be from 0 to 4,294,967,295"),
+        ("seed", 1 << 32, "--seed 4294967296 must be"),
         ("domain_tag", True, "--domain_tag needs --source_column"),
         ("mixture", "a=1", "--mixture needs --source_column"),
         ("upsample_long", "5x4096", "FACTOR@TOKENS"),
@@ -341,6 +343,19 @@ def test_options_that_cannot_be(tmp_path, option, value, says):
 
 
 # -- the cache -----------------------------------------------------------------------------------------
+
+
+def test_waiting_for_another_preparation_is_told(tmp_path, monkeypatch):
+    data, told = write_texts(tmp_path / "d.jsonl", ["abc"]), []
+    rows = prepare(data, tmp_path, seq_length=8)
+    shutil.rmtree(rows.directory)
+    (name,) = tmp_path.glob("rows-*.lock")
+    other = FileLock(name)
+    other.acquire()
+    monkeypatch.setattr(preparation, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(preparation, "warn", lambda text: told.append(text) or other.release())
+    assert prepare(data, tmp_path, seq_length=8).report == rows.report
+    assert told == [f"another process prepares these rows (it holds {name}): waiting for its end"]
 
 
 def test_whatever_shapes_the_rows_is_in_the_fingerprint(tmp_path):

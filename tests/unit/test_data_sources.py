@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from anchor_context.data import documents, sources
 from anchor_context.data.documents import ENDS, DocumentReader, encode_long
+from anchor_context.data.sources import find_inputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,8 +86,11 @@ def test_many_files_and_globs_in_order(tmp_path):
     with_commas = f"{tmp_path / 'c.jsonl'},{tmp_path / 'b*.jsonl'}"
     row = prepare(with_commas, tmp_path / "c", seq_length=16).row(0)
     assert BYTES.decode(row.tokens[:6], skip_special_tokens=True) == "32"
-    long = ",".join([str(tmp_path / "a.jsonl")] * 200)  # longer than a path may be
-    assert prepare(long, tmp_path / "c", seq_length=16).report["documents"] == 200
+    many = [tmp_path / f"many-{number}.jsonl" for number in range(100)]
+    for file in many:
+        write_texts(file, ["1"])
+    long = ",".join(map(str, many)).ljust(5000, ",")  # longer than a path may be
+    assert prepare(long, tmp_path / "c", seq_length=16).report["documents"] == 100
     listed = prepare([tmp_path / "c.jsonl", tmp_path / "a.jsonl"], tmp_path / "c", seq_length=16)
     assert BYTES.decode(listed.row(0).tokens[:6], skip_special_tokens=True) == "31"
 
@@ -125,6 +130,21 @@ def test_a_glob_never_leaves_out_data_in_silence(tmp_path):
     (data / "c.jsonl").symlink_to("not-downloaded")
     with pytest.raises(ValueError, match="c.jsonl is a link to what is not there"):
         prepare(data / "*.jsonl", tmp_path)
+
+
+def test_a_file_is_not_trained_on_twice_in_silence(tmp_path):
+    (tmp_path / "sub/deep").mkdir(parents=True)
+    file = tmp_path / "sub/deep/a.jsonl"
+    file.write_text('{"text": "a"}\n')
+    assert find_inputs(f"{tmp_path}/**/**/*.jsonl") == [str(file)]  # glob gives it three times
+    (tmp_path / "link").symlink_to(tmp_path / "sub")
+    for names, also in (
+        (f"{file},{file}", ""),
+        (f"{tmp_path}/sub/deep,{file}", ""),
+        (f"{tmp_path}/**/*.jsonl", f", also as {tmp_path}/link/deep/a.jsonl"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"names {file} twice{also}: its doc")):
+            find_inputs(names)
 
 
 def test_a_folder_may_hold_what_is_no_data(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
     T5Config,
 )
 
@@ -21,6 +24,7 @@ from anchor_context import patch_model
 from anchor_context.demo import train_tokenizer
 from anchor_context.integrations.boundaries import layout_of_starts
 from anchor_context.integrations.language_model import (
+    check_files,
     language_model_config,
     load_language_model,
     weightless_model,
@@ -130,6 +134,91 @@ def test_weights_that_are_not_there_are_not_made_up(tmp_path):
     layer = r"lacks model\.layers\.2\.input_layernorm\.weight, model\.layers\.2\.mlp\.down_proj\.weight, "
     with pytest.raises(ValueError, match=layer + r".* and 6 more of the weights"):
         load_language_model(str(tmp_path), **load)
+
+
+FILES = {  # what the files are of, what config.json says otherwise -> what is said of it; None: nothing
+    "layers": (
+        LlamaConfig,
+        {},
+        {"num_hidden_layers": 1},
+        r"model\.layers\.1\..* and 6 more, .*left out",
+    ),
+    "lacks": (LlamaConfig, {}, {"num_hidden_layers": 3}, r"lacks model\.layers\.2\."),
+    "biases": (LlamaConfig, {"attention_bias": True}, {"attention_bias": False}, r"k_proj\.bias"),
+    "norms": (Qwen3Config, {}, {"model_type": "llama"}, r"k_norm\.weight"),
+    "sizes": (LlamaConfig, {}, {"vocab_size": 200}, r"size \(300, 32\), .* \(200, 32\)"),
+    "experts": (MixtralConfig, {"num_local_experts": 2}, {"num_hidden_layers": 1}, r"layers\.1\."),
+    "whole": (LlamaConfig, {}, {}, None),
+    "whole experts": (MixtralConfig, {"num_local_experts": 2}, {}, None),
+    "tied": (LlamaConfig, {"tie_word_embeddings": True}, {}, None),
+    "beyond the next": (  # as DeepSeek-V3 numbers them
+        LlamaConfig,
+        {},
+        {"num_hidden_layers": 1, "num_nextn_predict_layers": 1},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_and_config_speak_of_the_same_weights(case, tmp_path):
+    kind, made, said, problem = FILES[case]
+    AutoModelForCausalLM.from_config(kind(**TEXT | made)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    config = AutoConfig.from_pretrained(tmp_path)
+    refused = nullcontext() if problem is None else pytest.raises(ValueError, match=problem)
+    with refused:
+        check_files(str(tmp_path), config=config, trust_remote_code=False)
+
+
+def test_a_head_that_the_language_model_lacks_is_left_out_and_told(tmp_path, capsys):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TEXT))
+    weights = model.state_dict() | {
+        "v_head.weight": torch.ones(1, 32),
+        "v_head.bias": torch.ones(1),
+    }
+    model.save_pretrained(tmp_path, state_dict=weights)
+    check_files(str(tmp_path), config=model.config, trust_remote_code=False)
+    assert "v_head.bias and 1 more of its weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["cut", "pointer", "gone"])
+def test_weights_that_cannot_be_read_are_one_line(what, tmp_path):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TEXT))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    file = max(tmp_path.glob("*.safetensors"))
+    if what == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif what == "pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match="weights cannot be read .*git lfs pull") as refused:
+        check_files(str(tmp_path), config=model.config, trust_remote_code=False)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_beside_the_model_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TEXT))
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter beside the model"):
+        check_files(str(tmp_path), config=config, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("model_type", WHOLES)
+def test_the_files_of_a_model_that_sees_are_checked_too(model_type, tmp_path):
+    save_whole(model_type, tmp_path)
+    config = language_model_config(AutoConfig.from_pretrained(tmp_path))
+    check_files(str(tmp_path), config=config, trust_remote_code=False)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with pytest.raises(ValueError, match=r"layers\.1\..* would be left out"):
+        check_files(str(tmp_path), config=config, trust_remote_code=False)
 
 
 def test_a_head_beside_the_embedding_that_is_said_to_be_one_is_refused(tmp_path):

@@ -21,6 +21,7 @@ from anchor_context.run.folder import (
     check_output_is_free,
     claim_output,
     record_run,
+    sees_claim,
     summary,
 )
 from anchor_context.run.metrics import MetricsFile
@@ -138,8 +139,9 @@ def test_the_record_holds_the_settings_and_what_took_part(tmp_path):
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from anchor_context.run.folder import claim_output
-claim_output(Path(sys.argv[1]), resume="auto")
+from anchor_context.run.folder import claim_output, sees_claim
+output = Path(sys.argv[1])
+assert sees_claim(output, claim_output(output, resume="auto"))  # and keeps the lock
 if os.fork() == 0:  # as a data worker, which may live on for a while
     time.sleep(60)
 print("mine", flush=True)
@@ -271,3 +273,21 @@ def test_a_folder_that_cannot_be_written_names_path_and_flag(write, tmp_path):
             record_run(output, flags={})
         else:
             MetricsFile(output / "metrics.jsonl", keep_steps=0)
+
+
+def test_a_machine_that_does_not_see_the_output_folder_is_found_out(tmp_path, monkeypatch):
+    claim = "process 7 on the first host"
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / LOCK).write_text(claim)
+    assert sees_claim(tmp_path / "here", claim)
+    monkeypatch.setattr(folder, "SEE_SECONDS", 0.0)
+    assert not sees_claim(tmp_path / "elsewhere", claim)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / LOCK).write_text("process 1 on an earlier host")
+    assert not sees_claim(tmp_path / "elsewhere", claim)
+
+    waits = []  # a network file system shows it after a while
+    monkeypatch.setattr(folder, "SEE_SECONDS", 1e9)
+    monkeypatch.setattr(folder.time, "sleep", lambda _: waits.append(1) or late.write_text(claim))
+    late = tmp_path / "elsewhere" / LOCK
+    assert sees_claim(tmp_path / "elsewhere", claim) and waits == [1]

@@ -174,6 +174,9 @@ def test_a_missing_flag_is_named():
         ({"seq_length": 1}, "--seq-length 1"),
         ({"batch_size": 0}, "--batch_size 0"),
         ({"max_train_steps": 0}, "--max_train_steps 0"),
+        ({"parallel_mode": "ring_attn", "ring_degree": 0}, "--ring_degree 0 must be positive"),
+        ({"parallel_mode": "ulysses_attn", "ulysses_degree": 0}, "--ulysses_degree 0 must be"),
+        ({"model_max_position_embeddings": 0}, "--model_max_position_embeddings 0 must be"),
         ({"learning_rate": -1.0}, "--learning_rate -1.0"),
         ({"warmup_steps": 20, "max_train_steps": 10}, "--warmup_steps 20 is more than"),
         ({"attn_engine": "flex", "attn_kernel": "torch_cpu"}, "belongs to --attn_engine flash"),
@@ -364,12 +367,12 @@ def test_a_model_s_own_code_runs_only_by_the_flag(tmp_path, monkeypatch):
 def test_nothing_is_loaded_past_the_flag_for_a_models_own_code():
     """What train.py loads takes the flag, and what loads the model for it takes what it is given."""
     places = {  # file -> (how many calls, what each of them gets)
-        train.__file__: (4, "flags.trust_remote_code"),
+        train.__file__: (5, "flags.trust_remote_code"),
         language_model.__file__: (6, "trust_remote_code"),
     }
     loads = (
         *("from_pretrained", "from_config"),
-        *("load_tokenizer", "load_language_model", "weightless_model"),
+        *("load_tokenizer", "load_language_model", "weightless_model", "check_files"),
     )
     for file, (number, value) in places.items():
         calls = [
@@ -381,6 +384,15 @@ def test_nothing_is_loaded_past_the_flag_for_a_models_own_code():
         for call in calls:
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             assert given["trust_remote_code"] == value
+
+
+def test_checkpoints_need_a_folder_that_all_machines_see():
+    assert train.check_shared(GOOD, True) == []
+    (told,) = train.check_shared(GOOD, False)
+    assert told.startswith("safety ") and "no checkpoint can be saved" in told
+    for change in ({"checkpoint_every": 9}, {"save_per_hours": 1.0}, {"resume": "auto"}):
+        with pytest.raises(ValueError, match="--output-dir .* not on storage that all machines"):
+            train.check_shared(replace(GOOD, **change), False)
 
 
 def test_models_that_can_be_trained_pass():

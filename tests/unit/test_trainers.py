@@ -93,6 +93,28 @@ def test_packed_rows_stay_rows_and_are_padded():
     assert batch["layout"].cu_seqlens.tolist() == [0, 2, 5, 7, 10]
 
 
+def test_documents_of_a_row_are_told_by_its_positions_too():
+    """As axolotl packs rows, with an attention mask that numbers the documents."""
+    row = {"input_ids": [3, 4, 5, 6, 7], "position_ids": [0, 1, 0, 1, 2]}
+    row |= {"attention_mask": [1, 1, 2, 2, 2], "completion_mask": [1] * 5}
+    batch = AnchorDataCollator(TOKENIZER)([row, {"input_ids": [8, 9]}])
+    apart = [{"input_ids": ids} for ids in ([3, 4], [5, 6, 7], [8, 9])]
+    expected = AnchorDataCollator(TOKENIZER)(apart)
+    for name in ("input_ids", "labels", "shift_labels", "position_ids"):
+        assert batch[name].equal(expected[name]), name
+    assert batch["layout"].cu_seqlens.equal(expected["layout"].cu_seqlens)
+    masked = row | {"completion_mask": [0, 1, 0, 1, 1], "labels": [NO, 4, NO, 6, 7]}  # it says so
+    assert AnchorDataCollator(TOKENIZER)([masked])["labels"][0].tolist() == [
+        NO,
+        NO,
+        4,
+        NO,
+        NO,
+        6,
+        7,
+    ]
+
+
 def test_labels_of_the_feature_are_kept_under_an_added_anchor():
     feature = {"input_ids": [5, 6, 7], "labels": [NO, NO, 7]}
     batch = AnchorDataCollator(TOKENIZER)([feature])
@@ -114,6 +136,12 @@ def test_the_anchor_is_eos_where_there_is_no_bos():
     [
         ({"input_ids": [3, 4], "attention_mask": [1, 0]}, "padding"),
         ({"input_ids": [3, 4], "seq_lengths": [3]}, "add up to 3"),
+        ({"input_ids": [3, 4], "position_ids": [1, 2]}, "do not count"),
+        ({"input_ids": [3, 4, 5], "position_ids": [1, 0, 1]}, "do not count"),
+        ({"input_ids": [3, 4, 5], "position_ids": [0, 1, 1]}, "do not count"),
+        ({"input_ids": [3, 4], "position_ids": [0]}, "do not count"),
+        ({"input_ids": [3, 4], "completion_mask": [0, 1]}, "completion_mask leaves .* -100"),
+        ({"input_ids": [3, 4], "assistant_masks": [0, 1]}, "assistant_masks leaves"),
         ({"input_ids": [3, 4], "labels": [3]}, "1 labels"),
     ],
 )
