@@ -30,9 +30,31 @@ from anchor_context.integrations.models import set_attention
 from anchor_context.loss import check_weights
 from anchor_context.run.saved_model import Source, write_model
 
+RANDOM_ROUTERS = ("phimoe",)
+"""Families whose routers draw experts at random in training, whatever their configuration says."""
+
+
+def random_settings(config: PretrainedConfig) -> dict[str, float]:
+    """What a causal model of this `config` draws at random in training: dropouts and jitters that are not 0.
+
+    Found by their names; those of classifiers are left out.
+    """
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if ("drop" in name or "jitter" in name)
+        and not name.startswith(("classifier", "summary"))
+        and type(value) in (int, float)
+        and value > 0
+    }
+
 
 def check_trainable(config: PretrainedConfig) -> None:
-    """Raise `ValueError` for weights that cannot be trained, or outputs that the engines do not compute."""
+    """Raise `ValueError` for weights that cannot be trained, outputs that the engines do not compute, or a
+    forward that draws random numbers.
+
+    Every layout of ranks would draw others, and a tiled MLP others in its backward than in its forward.
+    """
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = dict(quantization).get("quant_method", "a method it does not name")
@@ -44,6 +66,16 @@ def check_trainable(config: PretrainedConfig) -> None:
         raise ValueError(
             "the model's config.json has output_attentions: true, but the engines never hold the attention "
             "weights: set it to false"
+        )
+    if drawn := random_settings(config):
+        raise ValueError(
+            f"the model's {', '.join(f'{name}={value}' for name, value in drawn.items())} would draw random "
+            "numbers in training, other ones on every layout of ranks: set them to 0 in its config.json"
+        )
+    if config.model_type in RANDOM_ROUTERS:
+        raise ValueError(
+            f"{config.model_type}: its routers draw experts at random in training, other ones on every "
+            "layout of ranks, and no setting switches that off; choose another model"
         )
 
 
