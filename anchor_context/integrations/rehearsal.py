@@ -28,6 +28,7 @@ from anchor_context.integrations.adapters import Lora, add_adapters
 from anchor_context.integrations.language_model import forget_attention
 from anchor_context.integrations.models import set_attention
 from anchor_context.loss import check_weights
+from anchor_context.rope.scaling import rope_settings
 from anchor_context.run.saved_model import Source, write_model
 
 RANDOM_ROUTERS = ("phimoe",)
@@ -116,11 +117,26 @@ def rehearse(
     try:
         with tempfile.TemporaryDirectory() as folder, disk_errors(Path(folder), "TMPDIR"):
             write_model(Path(folder), model, {}, source)
+            read = type(config).from_pretrained(folder)
     except (ValueError, ImportError, AssertionError, StrictDataclassError) as error:
         raise ValueError(
             f"{name} could not be saved after training: {_one_line(error)}; mend its configuration"
         ) from error
+    found, trained = _stated(rope_settings(read)), _stated(rope_settings(config))
+    if found != trained:
+        raise ValueError(
+            f"{name}, saved after training, would be read with the RoPE settings {found}, and it trains with "
+            f"{trained}: write these into its config.json as rope_parameters, and no other form of them"
+        )
     return type(model)
+
+
+def _stated(settings: dict[str | None, dict]) -> dict[str | None, dict]:
+    """`rope_settings` without what is null."""
+    return {
+        kind: {name: value for name, value in rope.items() if value is not None}
+        for kind, rope in settings.items()
+    }
 
 
 def _one_line(error: Exception) -> str:
