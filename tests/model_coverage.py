@@ -51,6 +51,7 @@ FAMILIES = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text)",
+    "gemma4_text": "Gemma 4 (text)",
     "vaultgemma": "VaultGemma",
     "phi": "Phi-1.5, Phi-2",
     "phi3": "Phi-3, Phi-4",
@@ -175,6 +176,12 @@ OF_FAMILY = {  # where a tiny model needs other sizes to be one
     "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 8},
     "deepseek_v3": {"num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1},
+    "gemma4_text": {  # whose layers differ in their heads
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
 
@@ -196,6 +203,7 @@ class Result:
 def tiny_model(model_type: str, *, window: int) -> PreTrainedModel:
     """A random model of the family in float64, its sliding window (if it has one) set to `window`."""
     default = AutoConfig.for_model(model_type)
+    default.allow_global_per_layer_attribute_access = True  # of Gemma 4, to name them alone
     settings = {k: v for k, v in TINY.items() if _is_setting(default, k)}
     settings |= dict.fromkeys(random_settings(default), 0.0)
     settings |= OF_FAMILY.get(model_type, {})
