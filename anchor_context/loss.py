@@ -353,6 +353,45 @@ def check_weights(model: PreTrainedModel) -> None:
         )
 
 
+class _BaseOutput(tuple):
+    """What a base model returns, with nothing in it but `last_hidden_state`."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where a model makes other logits of its head's output than the losses here.
+
+    Its own forward is asked, with a small head and hidden states in place of its own, so the `model` may lie
+    on the meta device. One whose forward cannot be asked so is believed.
+    """
+    head, base, own_head = (
+        nn.Linear(4, 9, bias=False),
+        model.base_model,
+        model.get_output_embeddings(),
+    )
+    head.weight.copy_(torch.linspace(-1, 2, 36).view(9, 4))
+    hidden = torch.linspace(-2, 1, 12).view(1, 3, 4)
+    model.set_output_embeddings(head)
+    base.forward = lambda *_, **__: _BaseOutput([hidden])
+    try:
+        found = model(input_ids=torch.zeros(1, 3, dtype=torch.long), return_dict=True).logits
+    except Exception:  # whatever else such a forward does with its base model
+        return
+    finally:
+        del base.forward
+        model.set_output_embeddings(own_head)
+    settings = {"scale": 1.0, "softcap": None} | logit_settings(model.config)
+    expected = _logits(hidden, head.weight, None, **settings)
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{model.config.model_type}: the model changes the logits after the head in a way that the loss "
+            "here does not compute"
+        )
+
+
 def settle_router_loss(config, *, leave_out: bool, remedy: str) -> None:
     """Refuse the loss that a mixture of experts adds to balance its routers, or switch it off.
 

@@ -27,7 +27,7 @@ from anchor_context.files import disk_errors
 from anchor_context.integrations.adapters import Lora, add_adapters
 from anchor_context.integrations.language_model import forget_attention
 from anchor_context.integrations.models import set_attention
-from anchor_context.loss import check_weights
+from anchor_context.loss import check_logits, check_weights
 from anchor_context.rope.scaling import rope_settings
 from anchor_context.run.saved_model import Source, write_model
 
@@ -114,6 +114,7 @@ def rehearse(
         add_adapters(model, lora, seed=0)
     set_attention(model, lambda q, *_, **__: q)
     check_weights(model)
+    check_logits(model)
     try:
         with tempfile.TemporaryDirectory() as folder, disk_errors(Path(folder), "TMPDIR"):
             write_model(Path(folder), model, {}, source)
