@@ -2,7 +2,8 @@
 
 A model's `config.json` and `generation_config.json` may hold what is refused when the weights are loaded,
 after the data were prepared, or when the trained model is saved, after all steps. `rehearse` builds the model
-without weights, hands it an attention, and saves it, into a temporary folder.
+without weights, hands it an attention, asks it for its logits, saves it into a temporary folder, and reads
+there whether the saved model would be the trained one.
 
 Costs: less than a second, no memory for weights.
 """
