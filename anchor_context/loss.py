@@ -346,10 +346,15 @@ def check_weights(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     known = {id(p) for part in (model.base_model, head) if part for p in part.parameters()}
     others = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
-    if head is None or others:
+    lacks = [
+        *["no head"] * (head is None),
+        *["no base model to tell from it"] * (model.base_model is model),
+        *[f"other weights besides ({name}, …)" for name in others[:1]],
+    ]
+    if lacks:
         raise ValueError(
             f"{model.config.model_type}: the loss is of a base model and a linear head, and this one has "
-            + (f"other weights besides ({others[0]}, …)" if others else "no head")
+            f"{lacks[0]}"
         )
 
 

@@ -378,6 +378,16 @@ class LeftOut(LlamaForCausalLM):
         return type(found)(logits=found.logits[..., :-1])
 
 
+class WithoutBase(LlamaForCausalLM):
+    base_model_prefix = ""
+
+
+def test_a_model_whose_base_cannot_be_told_from_it_is_refused():
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=40)
+    with pytest.raises(ValueError, match="this one has no base model to tell from it"):
+        CausalLMWithLoss(WithoutBase(config), tiled_loss)
+
+
 @pytest.mark.parametrize("kind", [Doubled, LeftOut])
 def test_a_model_that_changes_its_logits_in_its_code_is_refused(kind):
     config = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=40)
