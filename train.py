@@ -970,11 +970,6 @@ def check_model(config: PretrainedConfig, flags: Flags, grid: RankGrid) -> None:
     settle_router_loss(
         config, leave_out=flags.leave_out_router_loss, remedy="--leave_out_router_loss"
     )
-    if getattr(config, "attention_dropout", 0):
-        raise ValueError(
-            f"the model's attention_dropout={config.attention_dropout} is not computed by the engines: "
-            "set it to 0 in its config.json"
-        )
     if grid.ulysses_degree > 1:
         check_heads(config.num_attention_heads, grid.ulysses_degree)
     check_attention(flags, softcap=softcap_of(config))

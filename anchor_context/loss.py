@@ -346,10 +346,54 @@ def check_weights(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     known = {id(p) for part in (model.base_model, head) if part for p in part.parameters()}
     others = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
-    if head is None or others:
+    lacks = [
+        *["no head"] * (head is None),
+        *["no base model to tell from it"] * (model.base_model is model),
+        *[f"other weights besides ({name}, …)" for name in others[:1]],
+    ]
+    if lacks:
         raise ValueError(
             f"{model.config.model_type}: the loss is of a base model and a linear head, and this one has "
-            + (f"other weights besides ({others[0]}, …)" if others else "no head")
+            f"{lacks[0]}"
+        )
+
+
+class _BaseOutput(tuple):
+    """What a base model returns, with nothing in it but `last_hidden_state`."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where a model makes other logits of its head's output than the losses here.
+
+    Its own forward is asked, with a small head and hidden states in place of its own, so the `model` may lie
+    on the meta device. One whose forward cannot be asked so is believed.
+    """
+    head, base, own_head = (
+        nn.Linear(4, 9, bias=False),
+        model.base_model,
+        model.get_output_embeddings(),
+    )
+    head.weight.copy_(torch.linspace(-1, 2, 36).view(9, 4))
+    hidden = torch.linspace(-2, 1, 12).view(1, 3, 4)
+    model.set_output_embeddings(head)
+    base.forward = lambda *_, **__: _BaseOutput([hidden])
+    try:
+        found = model(input_ids=torch.zeros(1, 3, dtype=torch.long), return_dict=True).logits
+    except Exception:  # whatever else such a forward does with its base model
+        return
+    finally:
+        del base.forward
+        model.set_output_embeddings(own_head)
+    settings = {"scale": 1.0, "softcap": None} | logit_settings(model.config)
+    expected = _logits(hidden, head.weight, None, **settings)
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{model.config.model_type}: the model changes the logits after the head in a way that the loss "
+            "here does not compute"
         )
 
 

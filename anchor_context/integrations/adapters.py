@@ -12,7 +12,7 @@ the adapter lies in `adapter/` of its folder, for `PeftModel.from_pretrained`. (
 transformers would load it on top of them once more.)
 Costs: a forward of the adapter beside each adapted layer; gradients and optimiser states for the adapter
 alone. What is in no linear layer, as the experts of a mixture, which transformers keeps in one tensor, is
-not adapted.
+not adapted; nor are linear layers that peft takes for such experts, by their names (`adaptable_layers`).
 """
 
 from __future__ import annotations
@@ -119,19 +119,21 @@ def add_adapters(model: PreTrainedModel, lora: Lora, *, seed: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    there = linear_layers(model)
+    there = adaptable_layers(model)
     targets = lora.targets or there
     unknown = [name for name in targets if name not in there]
     if unknown or not there:
         has = f"its linear layers are {', '.join(there)}" if there else "it has no linear layer"
         what = f"--lora_targets {','.join(unknown)}" if unknown else "--lora_rank"
-        raise ValueError(
-            f"{what} cannot adapt a {model.config.model_type}: {has} (besides the head)"
-        )
+        experts = sorted(set(linear_layers(model)) - set(there))
+        beside = "besides the head" + f", and {', '.join(experts)}, experts to peft" * bool(experts)
+        raise ValueError(f"{what} cannot adapt a {model.config.model_type}: {has} ({beside})")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):  # peft makes them on the CPU
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, model)
+    adapted = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
+    assert all(isinstance(layer, nn.Linear) for layer in adapted), "peft adapted something else"
     if lora.embeddings_and_norms:
         for module in embeddings_and_norms(model):
             module.requires_grad_(True)
@@ -160,6 +162,28 @@ def linear_layers(model: PreTrainedModel) -> tuple[str, ...]:
             }
         )
     )
+
+
+def adaptable_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Those of `linear_layers` that peft adapts as such.
+
+    In some families (DeepSeek-V3, GLM-4.5 MoE) peft takes the names of dense layers and shared experts,
+    `gate_proj` for one, for the routed experts, which version 4 of transformers kept in layers of these
+    names: it would put adapters of another rank beside their one tensor, here and wherever the adapter is
+    loaded.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    def stays(name: str) -> bool:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # such experts are adapted together or not at all
+            return False
+        return name in config.target_modules
+
+    return tuple(name for name in linear_layers(model) if stays(name))
 
 
 def embeddings_and_norms(model: nn.Module) -> list[nn.Module]:

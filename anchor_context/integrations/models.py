@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from anchor_context.integrations.calls import attend_call, is_causal_call
 from anchor_context.layout import DocumentLayout
+from anchor_context.run.work import head_dim, kv_heads, layer_configs
 
 # A name per model, because transformers looks attention functions up by name. Not "flash…": such a
 # name sends transformers to look for a kernel on its hub.
@@ -81,13 +82,15 @@ def set_attention(model: PreTrainedModel, attend: Callable[..., Tensor]) -> None
 
 
 def attention_heads(config) -> dict[str, int]:
-    """Of a transformers configuration: its `heads`, the `kv_heads` that they share, and their `head_dim`."""
-    text = config.get_text_config()
-    sizes = (getattr(text, name, None) for name in ("qk_head_dim", "head_dim"))
+    """Of a transformers configuration: its `heads`, the `kv_heads` that they share, and their `head_dim`.
+
+    Where layers differ, the largest of them: what a kernel must be able to compute.
+    """
+    layers = layer_configs(config.get_text_config())
     return {
-        "heads": text.num_attention_heads,
-        "kv_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        "head_dim": next(filter(None, sizes), text.hidden_size // text.num_attention_heads),
+        "heads": max(layer.num_attention_heads for layer in layers),
+        "kv_heads": max(map(kv_heads, layers)),
+        "head_dim": max(map(head_dim, layers)),
     }
 
 

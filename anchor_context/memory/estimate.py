@@ -30,7 +30,7 @@ from anchor_context import loss
 from anchor_context.memory import treatments
 from anchor_context.memory.offload import LEAVING
 from anchor_context.memory.treatments import Treatment, is_swiglu_mlp
-from anchor_context.run.work import whole_size
+from anchor_context.run.work import head_dim, kv_heads, layer_configs, whole_size
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ModelSizes:
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSizes:
         text = model.config.get_text_config()
-        heads = text.num_attention_heads
+        layers = layer_configs(text)  # where they differ, the largest counts for all
         intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
         if experts := getattr(text, "num_experts_per_tok", None):
             of_one = getattr(text, "moe_intermediate_size", None) or intermediate
@@ -80,9 +80,9 @@ class ModelSizes:
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             intermediate=intermediate,
-            heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            heads=max(layer.num_attention_heads for layer in layers),
+            kv_heads=max(map(kv_heads, layers)),
+            head_dim=max(map(head_dim, layers)),
             vocabulary=text.vocab_size,
             parameters=sum(map(whole_size, model.parameters())),
             query_key_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),

@@ -40,6 +40,10 @@ configurations of all causal language models that 4.57 and 5.24 have."""
 
 LOCAL_BASE = ("gemma3_text", "gemma3n_text")
 """The families whose layers with a window have a RoPE base of their own in 4.57, `rope_local_base_freq`."""
+KINDS_IN_OLDER_FORM = (*LOCAL_BASE, "olmo3")
+"""Those of the families whose kinds of layers differ in RoPE that 4.57 knows. In the others' configurations
+the older form would only overrule `rope_parameters`."""
+OLDER_FORM = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,15 @@ def saved_config(written: dict, config: PretrainedConfig, source: dict) -> dict:
     # A language model out of another model's `text_config` has no config.json of its own.
     base = source if source.get("model_type") == written["model_type"] else written
     maximum = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    rope = rope_in_every_form(config)
+    if set(rope) == {"rope_parameters"}:
+        base = {name: value for name, value in base.items() if name not in OLDER_FORM}
     saved = base | {
         "architectures": written["architectures"],
         "dtype": written["dtype"],
         "torch_dtype": written["dtype"],  # before 4.56
         **({maximum: written[maximum]} if maximum in written else {}),
-        **rope_in_every_form(config),
+        **rope,
     }
     for name, before in OLDER_NAMES.get(config.model_type, {}).items():
         if name in saved:
@@ -123,10 +130,12 @@ def saved_config(written: dict, config: PretrainedConfig, source: dict) -> dict:
 
 
 def rope_in_every_form(config: PretrainedConfig) -> dict:
-    """The settings of `config.rope_parameters`, and the same as `rope_theta`, `rope_scaling` and so on."""
+    """The settings of `config.rope_parameters`, and the same in the `OLDER_FORM` if the family has one."""
     settings = rope_settings(config)
     if not settings:
         return {}
+    if None not in settings and config.model_type not in KINDS_IN_OLDER_FORM:
+        return {"rope_parameters": config.rope_parameters}
     # Where kinds of layers differ, the older form is that of the layers that see everything.
     rope = dict(settings.get(None) or settings[FULL])
     forms = {"rope_parameters": config.rope_parameters}

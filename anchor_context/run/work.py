@@ -9,9 +9,11 @@ computed again does not count. `attention/patterns.py` counts the pairs, the mea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class ModelWork:
     matmul_parameters: int
     """Parameters that multiply a token: no embedding (but a tied head), and of the experts those chosen."""
     attention_width: int
-    """layers × heads × head dimension; where queries and values differ in theirs, the mean of both."""
+    """heads × head dimension of all layers; where queries and values differ in theirs, the mean of both."""
     frozen_parameters: int = 0
     """Of `matmul_parameters`, those that are not trained, beside adapters: they get no gradient."""
 
@@ -38,13 +40,14 @@ class ModelWork:
                 experts = getattr(module, "num_experts", None) or len(module)
                 for p in module.parameters():
                     multiplied[p] = whole_size(p) * chosen // experts
-        sizes = (getattr(config, name, None) for name in ("qk_head_dim", "head_dim"))
-        of_queries = next(filter(None, sizes), config.hidden_size // config.num_attention_heads)
-        of_values = getattr(config, "v_head_dim", None) or of_queries
-        width = config.num_attention_heads * (of_queries + of_values) // 2
+        width = 0
+        for layer in layer_configs(config):
+            of_queries = head_dim(layer)
+            of_values = getattr(layer, "v_head_dim", None) or of_queries
+            width += layer.num_attention_heads * (of_queries + of_values) // 2
         return cls(
             matmul_parameters=sum(multiplied.values()),
-            attention_width=config.num_hidden_layers * width,
+            attention_width=width,
             frozen_parameters=sum(n for p, n in multiplied.items() if not p.requires_grad),
         )
 
@@ -61,6 +64,28 @@ class ModelWork:
         """
         per_token = 6 * self.matmul_parameters - 2 * self.frozen_parameters
         return per_token * tokens + 12 * self.attention_width * pairs
+
+
+def layer_configs(config: PretrainedConfig) -> Sequence[PretrainedConfig]:
+    """The configuration of each layer of a language model: `config` itself, unless layers differ in what it
+    says, as Gemma 4's in the size and number of their heads. There transformers refuses to read that of
+    `config`.
+
+    Args:
+        config: of the language model, not of a model that it is a part of.
+    """
+    return getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+
+
+def head_dim(layer: PretrainedConfig) -> int:
+    """Of a layer's queries and keys; the layer is one of `layer_configs`."""
+    sizes = (getattr(layer, name, None) for name in ("qk_head_dim", "head_dim"))
+    return next(filter(None, sizes), layer.hidden_size // layer.num_attention_heads)
+
+
+def kv_heads(layer: PretrainedConfig) -> int:
+    """Key/value heads; the layer is one of `layer_configs`."""
+    return getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
 
 
 def whole_size(parameter: Tensor) -> int:

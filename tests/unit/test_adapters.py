@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -55,6 +57,18 @@ FAMILIES = {
     "qwen3_moe": lambda **more: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             **SIZES, **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, **more
+        )
+    ),
+    # Its first layer is dense, and names its projections as version 4 of transformers named the experts'.
+    "glm4_moe": lambda **more: Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            **SIZES,
+            **HEADS,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            first_k_dense_replace=1,
+            **more,
         )
     ),
     "gpt_neox": lambda **more: GPTNeoXForCausalLM(
@@ -339,6 +353,19 @@ def test_unknown_targets_are_found_without_weights(targets, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         rehearse(str(tmp_path), config, source, trust_remote_code=False, lora=lora)
     rehearse(str(tmp_path), config, source, trust_remote_code=False, lora=EVERYTHING)
+
+
+def test_layers_that_peft_takes_for_experts_are_left_alone_and_refused_by_name():
+    model = make_model("glm4_moe")
+    mlp = Lora(rank=2, alpha=4.0, targets=("down_proj",), embeddings_and_norms=False)
+    with pytest.raises(
+        ValueError,
+        match="down_proj cannot .* o_proj, q_proj, v_proj .*, and down_proj, gate_proj, up_proj, experts to",
+    ):
+        add_adapters(model, mlp, seed=0)
+    add_adapters(model, EVERYTHING, seed=0)
+    adapted = {name.split(".")[-4] for name in trained(model) if "lora_" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_a_model_without_linear_layers_is_refused():

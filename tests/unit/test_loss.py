@@ -31,6 +31,7 @@ from anchor_context.integrations.models import set_attention
 from anchor_context.layout import IGNORE_INDEX
 from anchor_context.loss import (
     CausalLMWithLoss,
+    check_logits,
     liger_loss,
     logit_settings,
     plain_loss,
@@ -361,3 +362,61 @@ def test_a_liger_that_counts_in_32_bits_is_not_used(version, available, monkeypa
     monkeypatch.setattr(loss_module.metadata, "version", installed)
     assert loss_module.liger_available(torch.device("cuda")) is available
     assert not loss_module.liger_available(torch.device("cpu"))
+
+
+class Doubled(LlamaForCausalLM):
+    """As the code that comes with a model may have it."""
+
+    def forward(self, *inputs, **settings):
+        found = super().forward(*inputs, **settings)
+        return type(found)(logits=2 * found.logits)
+
+
+class LeftOut(LlamaForCausalLM):
+    def forward(self, *inputs, **settings):
+        found = super().forward(*inputs, **settings)
+        return type(found)(logits=found.logits[..., :-1])
+
+
+class WithoutBase(LlamaForCausalLM):
+    base_model_prefix = ""
+
+
+def test_a_model_whose_base_cannot_be_told_from_it_is_refused():
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=40)
+    with pytest.raises(ValueError, match="this one has no base model to tell from it"):
+        CausalLMWithLoss(WithoutBase(config), tiled_loss)
+
+
+@pytest.mark.parametrize("kind", [Doubled, LeftOut])
+def test_a_model_that_changes_its_logits_in_its_code_is_refused(kind):
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=40)
+    with torch.device("meta"):
+        model = kind(config)
+    with pytest.raises(ValueError, match="llama: the model changes the logits after the head"):
+        check_logits(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoConfig.for_model("llama"),
+        AutoConfig.for_model("gpt2"),
+        AutoConfig.for_model("mixtral", num_hidden_layers=2),
+        CohereConfig(logit_scale=0.3),
+        HyperCLOVAXConfig(logits_scaling=0.3),
+        GraniteConfig(logits_scaling=3.0),
+        Gemma2Config(final_logit_softcapping=1.5),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_settings_of_known_families_are_all_that_their_code_does(config, monkeypatch):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head, base = model.get_output_embeddings(), model.base_model
+    check_logits(model)
+    assert model.get_output_embeddings() is head and "forward" not in vars(base)
+    if logit_settings(config):
+        monkeypatch.setattr(loss_module, "logit_settings", lambda config: {})
+        with pytest.raises(ValueError, match="changes the logits after the head"):
+            check_logits(model)

@@ -20,7 +20,9 @@ from transformers import (
 
 from anchor_context.attention.patterns import make_layout
 from anchor_context.engine import make_engine
-from anchor_context.integrations.models import check_layers, set_attention
+from anchor_context.integrations.models import attention_heads, check_layers, set_attention
+from anchor_context.memory.estimate import ModelSizes
+from tests.model_coverage import tiny_model as tiny_model_of
 
 SHAPE = {
     "hidden_size": 32,
@@ -210,3 +212,17 @@ def test_saved_models_carry_no_trace(tmp_path):
     assert "anchor_context" not in (tmp_path / "config.json").read_text()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert plain(input_ids=torch.ones(1, 8, dtype=torch.long)).logits.shape == (1, 8, 50)
+
+
+def test_where_layers_differ_in_their_heads_the_largest_count():
+    """Gemma 4, whose configuration transformers refuses to read as if it were that of every layer."""
+    for family, found in (
+        ("llama", {"heads": 4, "kv_heads": 2, "head_dim": 8}),
+        ("gpt_neox", {"heads": 4, "kv_heads": 4, "head_dim": 8}),
+        ("deepseek_v3", {"heads": 4, "kv_heads": 4, "head_dim": 16}),
+        ("gemma4_text", {"heads": 4, "kv_heads": 2, "head_dim": 16}),
+    ):
+        model = tiny_model_of(family, window=64)
+        assert attention_heads(model.config) == found, family
+        sizes = ModelSizes.of(model)
+        assert {name: getattr(sizes, name) for name in found} == found, family

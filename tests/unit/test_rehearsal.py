@@ -23,6 +23,7 @@ from anchor_context.integrations.language_model import load_language_model
 from anchor_context.integrations.models import set_attention
 from anchor_context.integrations.rehearsal import rehearse
 from anchor_context.loss import CausalLMWithLoss, tiled_loss
+from anchor_context.run import saved_model
 from anchor_context.run.saved_model import Source, read_source
 
 
@@ -106,6 +107,19 @@ def test_what_only_saving_refuses_is_refused_before_training(model, tmp_path):
     with pytest.raises(ValueError, match="could not be saved after training: .*temperature"):
         rehearse(str(folder), config, source, trust_remote_code=False)
     assert config.temperature == 0.5, "it rehearses with a copy"
+
+
+def test_a_saved_model_that_would_be_read_with_another_rope_is_refused(model, monkeypatch):
+    folder = model()
+
+    def other(config: PretrainedConfig) -> dict:
+        return {"rope_parameters": config.rope_parameters | {"rope_theta": 77.0}}
+
+    monkeypatch.setattr(saved_model, "rope_in_every_form", other)
+    with pytest.raises(
+        ValueError, match="would be read with the RoPE settings .*77.0.*trains with"
+    ):
+        rehearse(str(folder), *config_and_source(folder), trust_remote_code=False)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from anchor_context.attention.patterns import make_layout
 from anchor_context.loss import CausalLMWithLoss, plain_loss
 from anchor_context.parallel.groups import RankGrid
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
 
 
 def tiny_model(family: str) -> PreTrainedModel:
@@ -36,7 +36,6 @@ def tiny_model(family: str) -> PreTrainedModel:
         num_local_experts=4,
         num_experts=4,
         num_experts_per_tok=2,
-        router_jitter_noise=0.0,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -14,7 +14,7 @@ from anchor_context.demo import train_tokenizer
 from anchor_context.rope.length import fix_frequencies
 from anchor_context.rope.scaling import apply_rope_settings
 from anchor_context.run import saved_model
-from anchor_context.run.saved_model import read_source, write_model
+from anchor_context.run.saved_model import read_source, saved_config, write_model
 
 OWN, ROW = 64, 256  # the source's length, and the run's
 SIZES = {
@@ -182,6 +182,25 @@ def test_a_base_that_an_older_library_would_take_for_another_stops_it(source, tm
         read = AutoConfig.from_pretrained(tmp_path / str(number))
         assert read.rope_parameters["sliding_attention"]["rope_theta"] == 5e5
         assert read.rope_parameters["full_attention"]["rope_theta"] == (theta or 1e6)
+
+
+@pytest.mark.parametrize("flags", [{}, {"rope_theta": 7e5, "rope_scaling_type": "linear"}])
+@pytest.mark.parametrize("family", ["gemma4_text", "laguna", "mellum", "mimo_v2_flash"])
+def test_a_family_that_has_no_older_form_keeps_the_rope_of_each_kind_of_layer(
+    family, flags, tmp_path
+):
+    """Beside an older form, transformers would not read `rope_parameters`."""
+    config = AutoConfig.for_model(family)
+    source = config.to_dict() | {"rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    factor = {"rope_scaling_factor": 4} if flags else {}
+    apply_rope_settings(config, row_length=ROW, **flags, **factor)
+    written = config.to_dict() | {"architectures": None, "dtype": "float32"}
+    saved = json.loads(json.dumps(saved_config(written, config, source)))
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert read.rope_parameters == config.rope_parameters
+    bases = {kind["rope_theta"] for kind in read.rope_parameters.values()}
+    assert len(bases) == 2, "the case is vacuous"
 
 
 @pytest.mark.parametrize(("config", "flags", "older"), TABLE.values(), ids=TABLE)

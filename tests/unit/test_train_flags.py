@@ -16,9 +16,14 @@ import pytest
 import torch
 from transformers import (
     Gemma2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    MixtralConfig,
+    PhiConfig,
+    PhimoeConfig,
+    SeedOssConfig,
     dynamic_module_utils,
     get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
@@ -343,11 +348,25 @@ def test_a_plain_python_start_says_how_to_launch(monkeypatch):
             "torch_varlen does not cap scores, and the model's attn_logit_softcapping=50.0 .*engine flex",
         ),
         (LlamaConfig(attention_dropout=0.1), {}, RankGrid(), "attention_dropout=0.1"),
+        (SeedOssConfig(), {}, RankGrid(), "attention_dropout=0.1, residual_dropout=0.1 would draw"),
+        (PhiConfig(resid_pdrop=0.1), {}, RankGrid(), "resid_pdrop=0.1 would draw random numbers"),
+        (MixtralConfig(router_jitter_noise=0.01), {}, RankGrid(), "router_jitter_noise=0.01"),
+        (
+            PhimoeConfig(router_jitter_noise=0.0),
+            {},
+            RankGrid(),
+            "phimoe: its routers draw experts at random",
+        ),
     ],
 )
 def test_models_that_cannot_be_trained_so_are_refused(config, change, grid, says):
     with pytest.raises(ValueError, match=says):
         train.check_model(config, replace(GOOD, **change), grid)
+
+
+def test_a_dropout_that_is_none_or_a_classifier_s_is_no_reason():
+    train.check_model(GPTNeoXConfig(classifier_dropout=0.1), GOOD, RankGrid())
+    train.check_model(SeedOssConfig(attention_dropout=0.0, residual_dropout=0), GOOD, RankGrid())
 
 
 def test_a_model_s_own_code_runs_only_by_the_flag(tmp_path, monkeypatch):

@@ -26,6 +26,9 @@ def test_a_supported_family_equals_the_dense_reference_and_leaks_nothing(family)
     result = cover(family)
     on_cuda = {"flash", "ring"} if family in CAPPED else set()
     expected = {label: coverage.ON_CUDA if label in on_cuda else True for label in coverage.COLUMNS}
+    if family in coverage.NOT_TRAINED:
+        expected["train.py"] = False
+        assert coverage.NOT_TRAINED[family] in result.reason
     assert result.passed == expected, result.reason
 
 

@@ -174,10 +174,12 @@ def test_the_work_is_what_pytorch_counts(tied, head_dim):
 
 
 @pytest.mark.parametrize(
-    "family", ["gpt2", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "deepseek_v2"]
+    "family",
+    ["gpt2", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "deepseek_v2", "gemma4_text"],
 )
 def test_experts_that_a_token_does_not_go_through_cost_it_nothing(family):
-    """Nor do embeddings of positions; and keys and values may differ in their width (DeepSeek)."""
+    """Nor do embeddings of positions; keys and values may differ in their width (DeepSeek), and so may the
+    heads of layers (Gemma 4)."""
     check(coverage.tiny_model(family, window=4096).float())
 
 
