@@ -385,6 +385,10 @@ def _activations(setup: Setup, treatment: Treatment, tokens: int) -> _Activation
         # their gradients.
         mlp_scratch = tokens * 2 * b * s.hidden
         mlp_scratch += tile * b * (s.hidden + (4 if setup.liger else 6) * s.intermediate)
+        if (
+            b < 4 and s.mlps_trained and not s.adapter_ranks
+        ):  # float32 sums of its weights' gradients
+            mlp_scratch += 4 * 3 * s.hidden * s.intermediate
     else:
         # Gradients of two (tokens × intermediate) tensors; Liger's take the place of what was kept.
         mlp_scratch = tokens * (1 if setup.liger else 2) * b * s.intermediate

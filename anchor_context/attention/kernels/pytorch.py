@@ -76,8 +76,8 @@ def cuda_not_deterministic(device: torch.device, head_dim: int | None) -> str | 
 # --------------------------------------------------------------------------------------------------
 # The CPU's. It takes one rectangle at a time, so the spans are a Python loop. Slicing under autograd would
 # pad every slice's gradient to the full row; here each span writes its part of one preallocated result. A
-# thread computes whole heads, so the bits are the same in every run with as many threads. (With more, some CPUs'
-# libraries take another routine for the products.)
+# thread computes whole heads, so the bits are the same in every run with as many threads. (With more, the
+# libraries of some CPUs take another routine for the products.)
 # It knows no window: where one hides something, a span becomes bands of queries, each with the keys that it
 # sees and a small mask. That costs (window + BAND) pairs for each query.
 
