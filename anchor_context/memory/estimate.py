@@ -344,6 +344,8 @@ def _activations(setup: Setup, treatment: Treatment, tokens: int) -> _Activation
     attention = 2 * b * q + 2 * b * kv  # rotated queries and keys, values, the output
     attention += 4 * s.heads  # the log-sum-exp
     attention += 2 * b * kv * (setup.ring_degree - 1)  # keys and values of the other ranks, at most
+    if setup.ulysses_degree > 1:
+        attention += b * q  # the output, of all heads again
     if s.query_key_norm:
         attention += (b if setup.liger else 4 + b) * (q + kv)
     if setup.dense_mask:
@@ -397,6 +399,10 @@ def _activations(setup: Setup, treatment: Treatment, tokens: int) -> _Activation
     if setup.device == "cuda":
         attention_scratch += 4 * q  # FlashAttention's sum of the queries' gradients
         attention_scratch += 2 * b * q if kv < q else 0  # and keys' and values', per query head
+    if setup.ulysses_degree > 1:
+        attention_scratch += (
+            2 * b * q
+        )  # what is exchanged, in the order of ranks, sent and received
     if setup.hidden_anchors:
         attention_scratch += 2 * b * q  # gradients of output and queries once more, of that call
     at_work = max(
