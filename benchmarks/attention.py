@@ -211,6 +211,10 @@ def show(results: list[dict]) -> None:
 
     full = {case(r, "full"): total(r) for r in results if r["pattern"] == "full"}
 
+    def of_full(r: dict) -> str:
+        whole = full.get(case(r, "full"))  # none where its time was over
+        return f"{total(r) / whole:.3f}" if whole else "-"
+
     def cell(r: dict, way: str) -> str:
         return f"{r[f'{way}_s'] * 1e3:.1f} ({r[f'{way}_flops_per_second'] / 1e12:.3g})"
 
@@ -223,7 +227,7 @@ def show(results: list[dict]) -> None:
             "row": [f"{r['row_length']:,}" for r in results],
             "documents": [r["documents"] for r in results],
             "mask share": [f"{r['mask_share']:.3f}" for r in results],
-            "of full's time": [f"{total(r) / full[case(r, 'full')]:.3f}" for r in results],
+            "of full's time": [of_full(r) for r in results],
             "forward ms (TFLOP/s)": [cell(r, "forward") for r in results],
             "backward ms (TFLOP/s)": [cell(r, "backward") for r in results],
             "peak GiB": [f"{r['peak_bytes'] / 2**30:.2f}" for r in results],

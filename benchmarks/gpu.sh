@@ -42,6 +42,8 @@ fi
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
 export PYTORCH_ALLOC_CONF=expandable_segments:True # long rows leave no room for fragments
 export PYTHONUNBUFFERED=1
+# What FlashAttention-4 compiled in one part is there for the next ones.
+export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1
 mkdir -p "$RESULTS"
 KEPT=$RESULTS/kept.jsonl # measured and not merged yet: also what a call left that was ended from outside
 WORK=$(mktemp -d)
@@ -84,15 +86,15 @@ collect() {
 
 for name in "${PARTS[@]}"; do
     case $name in
-    attention) part 60 attention.py -- --row_lengths 256 --repeats 1 ;;
-    step) part 75 train_step.py -- --row_length 256 --repeats 1 --cases micro_batches:anchor ;;
-    run) part 140 train_run.py --folder "$WORK" -- --folder "$WORK" --row_lengths 256 --steps 3 ;;
-    longest) part 45 longest.py -- --first 256 --at_most_tokens 1024 ;;
-    tests) part 70 gpu_tests.py -- --processes 1 ;;
+    attention) part 50 attention.py -- --row_lengths 256 --repeats 1 ;;
+    step) part 85 train_step.py --repeats 1 -- --row_length 256 --repeats 1 --cases micro_batches:anchor ;;
+    run) part 150 train_run.py --folder "$WORK" --steps 8 -- --folder "$WORK" --row_lengths 256 --steps 3 ;;
+    longest) part 40 longest.py -- --first 256 --at_most_tokens 1024 ;;
+    tests) part 65 gpu_tests.py -- --processes 1 ;;
     flex) part 120 attention.py --engines flex -- --engines flex --row_lengths 256 --repeats 1 ;;
     plain) part 60 train_step.py --cases plain_hf auto:anchor -- --cases plain_hf --row_length 256 --repeats 1 ;;
-    offload) part 120 train_step.py --row_length 262144 --repeats 1 --cases checkpointed:anchor offloaded:anchor \
-        -- --row_length 256 --repeats 1 --cases offloaded:anchor ;;
+    offload) part 120 train_step.py --row_length 262144 --repeats 1 \
+        --cases checkpointed:anchor offloaded:anchor tiled:anchor -- --row_length 256 --repeats 1 --cases offloaded:anchor ;;
     memory) whole 140 memory.py --variants anchor --at_most_seconds 120 --parts growth longest ;;
     paper) whole 200 paper.py --size gpu --seeds 0 ;;
     large_tests) part 300 gpu_tests.py --large -- --large ;;

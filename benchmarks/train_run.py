@@ -10,9 +10,10 @@ reads them; nothing is asked of a hub or a network. Model and documents are made
 `--folder`.
 
 Of every run: the medians over its steps, without the first two, in which kernels compile and memory is asked
-for; `steps` says how many were counted. They are kept after every step. A run that has its time is ended, and
-what it recorded until then counts. `planned_peak_bytes` is what the run's memory plan expected, null where it
-says nothing; `start_s` is from the launch to the end of the first step.
+for, or the second one where there is no third; `steps` says how many were counted. They are kept after every
+step but the first. A run that has its time is ended, and what it recorded until then counts.
+`planned_peak_bytes` is what the run's memory plan expected, null where it says nothing; `start_s` is from the
+launch to the end of the first step.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Run:
         return path
 
     def results(self, *, steps: int, at_most_seconds: float):
-        """After every step that counts, what the run came to; until it ends, or is ended at its time."""
+        """After every step but the first, what the run came to; until it ends, or is ended at its time."""
         told = 0
         first_step_s = None
         try:
@@ -178,7 +179,8 @@ class Run:
                     first_step_s = time.monotonic() - self.started
                 if len(records) > told:
                     told = len(records)
-                    yield self._result(records, start_s=first_step_s)
+                    if told > 1:
+                        yield self._result(records, start_s=first_step_s)
                 if ended or late:
                     break
                 time.sleep(0.2)

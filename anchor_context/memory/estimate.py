@@ -344,6 +344,8 @@ def _activations(setup: Setup, treatment: Treatment, tokens: int) -> _Activation
     attention = 2 * b * q + 2 * b * kv  # rotated queries and keys, values, the output
     attention += 4 * s.heads  # the log-sum-exp
     attention += 2 * b * kv * (setup.ring_degree - 1)  # keys and values of the other ranks, at most
+    if setup.ulysses_degree > 1:
+        attention += b * q  # the output, of all heads again
     if s.query_key_norm:
         attention += (b if setup.liger else 4 + b) * (q + kv)
     if setup.dense_mask:
@@ -385,6 +387,10 @@ def _activations(setup: Setup, treatment: Treatment, tokens: int) -> _Activation
         # their gradients.
         mlp_scratch = tokens * 2 * b * s.hidden
         mlp_scratch += tile * b * (s.hidden + (4 if setup.liger else 6) * s.intermediate)
+        if (
+            b < 4 and s.mlps_trained and not s.adapter_ranks
+        ):  # float32 sums of its weights' gradients
+            mlp_scratch += 4 * 3 * s.hidden * s.intermediate
     else:
         # Gradients of two (tokens × intermediate) tensors; Liger's take the place of what was kept.
         mlp_scratch = tokens * (1 if setup.liger else 2) * b * s.intermediate
@@ -393,6 +399,10 @@ def _activations(setup: Setup, treatment: Treatment, tokens: int) -> _Activation
     if setup.device == "cuda":
         attention_scratch += 4 * q  # FlashAttention's sum of the queries' gradients
         attention_scratch += 2 * b * q if kv < q else 0  # and keys' and values', per query head
+    if setup.ulysses_degree > 1:
+        attention_scratch += (
+            2 * b * q
+        )  # what is exchanged, in the order of ranks, sent and received
     if setup.hidden_anchors:
         attention_scratch += 2 * b * q  # gradients of output and queries once more, of that call
     at_work = max(

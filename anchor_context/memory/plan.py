@@ -40,7 +40,10 @@ from anchor_context.memory.treatments import TreatedModel, Treatment, is_swiglu_
 
 USABLE = 0.9
 """Of the free memory: the rest is for what no tensor of ours holds, such as NCCL's buffers and the gaps
-between blocks of the allocator."""
+between blocks of the allocator. Where the model alone takes nearly all, half of what it leaves."""
+SAME = 1.02
+"""A resumed run finds the same memory a little larger or smaller: up to so much over what is usable now, it
+keeps its plan."""
 GRAIN = 256
 """Tokens: capacities are multiples of it."""
 ENOUGH = 8_192
@@ -234,11 +237,10 @@ def choose_memory_plan(
         )
     can_offload = device.type == "cuda" and not too_much_for_host
     treatments = _treatments(checkpointing.value, tiles.value, can_offload=can_offload)
-    usable = int(USABLE * free_bytes)
+    # Whatever is done: what the leanest treatment holds with the fewest tokens.
+    least = expected_peak(setup, treatments[-1], GRAIN).total
+    usable = max(int(USABLE * free_bytes), (least + free_bytes) // 2)
     capacities = _capacities(setup, treatments, usable=usable)
-    if not max(capacities.values()):  # the model alone takes so much: try it with all that is free
-        usable = free_bytes
-        capacities = _capacities(setup, treatments, usable=usable)
     micro_batch = _choose_micro_batch(micro_batch_tokens, capacities, row_tokens=row_tokens)
     most_tokens = micro_batch.value
     if micro_batch_tokens != "row":
@@ -282,7 +284,7 @@ def keep_recorded(plan: MemoryPlan, record: dict[str, Any] | None) -> tuple[Memo
     if changed:
         return plan, f"a new memory plan: {', '.join(changed)} changed since the checkpoint"
     before = MemoryPlan.from_record(record)
-    if before.peak.total > plan.usable_bytes:
+    if before.peak.total > SAME * plan.usable_bytes:
         return plan, "a new memory plan: there is less free memory than before"
     return before, None
 
@@ -421,9 +423,10 @@ def _does_not_fit(
     remedies = []
     if asked["gradient_checkpointing"] != "auto" or asked["tiled_mlp"] == "no":
         remedies.append("--gradient_checkpointing auto --tiled_mlp auto")
-    if too_many_tokens and asked["micro_batch_tokens"] == "row":
-        remedies.append("--micro_batch_tokens auto instead of row")
-    if too_many_tokens:
+    wanted = asked["micro_batch_tokens"]
+    if too_many_tokens and wanted != "auto" and tokens > asked["longest_unit"]:
+        remedies.append(f"--micro_batch_tokens auto instead of {wanted}")
+    elif too_many_tokens:
         remedies.append(
             "more ranks on the sequence (--parallel_mode ring_attn or ulysses_attn: each rank then holds a "
             "part of the longest unit)"
@@ -439,11 +442,11 @@ def _does_not_fit(
         remedies.append(
             "accelerate_configs/zero3_offload.json (weights and optimiser in host memory)"
         )
+    remedies.append("--memory_gib, if there is more memory than was found")
     return (
         f"a forward of {tokens:,} tokens per rank does not fit: with the leanest treatment that the flags "
         f"allow a rank would hold {peak}, {as_text(peak.total - free_bytes)} more than the "
-        f"{as_text(free_bytes)} that are free. What would help: {'; '.join(remedies)}; or --memory_gib, if "
-        "there is more memory than was found"
+        f"{as_text(free_bytes)} that are free. What would help: {'; or '.join(remedies)}"
     )
 
 

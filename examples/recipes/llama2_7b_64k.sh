@@ -8,10 +8,10 @@
 # --- expected, by expectations.py with --plan_gpu H100 --memory_gib 78
 # engine   flash engine, kernel chosen there (the fastest that runs on the H100), data 1 × ring 1 × Ulysses 8
 # memory   forwards of up to 8,192 tokens per rank (whole rows fit, nothing recomputed), the longest 8,192
-#   nothing recomputed                                               up to     8,192 tokens, 50.43 GiB
-#   of 70.20 GiB expected at most 50.43 GiB in the backward of layer 31 (weights 1.57 GiB, optimiser 9.41 GiB,
+#   nothing recomputed                                               up to     8,192 tokens, 52.43 GiB
+#   of 70.20 GiB expected at most 52.43 GiB in the backward of layer 31 (weights 1.57 GiB, optimiser 9.41 GiB,
 #            gradients 3.14 GiB, bucket of gradients 381 MiB, gathered weights 2.20 GiB, a new gradient 250
-#            MiB, gradients in reduction 1.10 GiB, activations 32.23 GiB, layer at work 172 MiB)
+#            MiB, gradients in reduction 1.10 GiB, activations 34.23 GiB, layer at work 172 MiB)
 #   checkpointing auto (as far as needed), tiled MLP auto (where needed), Liger yes (--liger, for a GPU
 #            elsewhere)
 # pattern  anchor, anchors per_document

@@ -9,18 +9,18 @@
 # stretch RoPE itself (its base: 10⁷).
 # --- expected, by expectations.py with --plan_gpu H100 --memory_gib 78
 # engine   flash engine, kernel chosen there (the fastest that runs on the H100), data 1 × ring 1 × Ulysses 8
-# memory   forwards of up to 10,496 tokens per rank (as many as fit, nothing recomputed), the longest 16,384
-#   nothing recomputed                                               up to    10,496 tokens, 69.49 GiB
-#   every 4th layer recomputed                                       up to    13,824 tokens, 69.92 GiB
-#   every 2nd layer recomputed                                       up to    16,384 tokens, 62.12 GiB
-#   of 70.20 GiB expected at most 69.92 GiB in the backward of layer 31 (weights 1.87 GiB, optimiser 11.22
+# memory   forwards of up to 9,984 tokens per rank (as many as fit, nothing recomputed), the longest 16,384
+#   nothing recomputed                                               up to     9,984 tokens, 69.78 GiB
+#   every 4th layer recomputed                                       up to    13,056 tokens, 69.84 GiB
+#   every 2nd layer recomputed                                       up to    16,384 tokens, 64.12 GiB
+#   of 70.20 GiB expected at most 69.84 GiB in the backward of layer 31 (weights 1.87 GiB, optimiser 11.22
 #            GiB, gradients 3.74 GiB, bucket of gradients 381 MiB, gathered weights 2.93 GiB, a new gradient
-#            1002 MiB, gradients in reduction 4.40 GiB, activations 44.03 GiB, layer at work 378 MiB)
+#            1002 MiB, gradients in reduction 4.40 GiB, activations 43.98 GiB, layer at work 357 MiB)
 #   checkpointing auto (as far as needed), tiled MLP auto (where needed), Liger yes (--liger, for a GPU
 #            elsewhere)
 # pattern  anchor, anchors per_document
 # steps    2,000 × 8 rows × 131,072 tokens
-# work     the first step: 11 micro-batches a rank, the work that ranks wait for 1.000 of the mean
+# work     the first step: 12 micro-batches a rank, the work that ranks wait for 1.000 of the mean
 # hours    7.6 for 1.09e+20 operations on 8 × H100, at 50% of 989 bfloat16 TFLOP/s each, waiting as in the
 #            first step
 # --- end

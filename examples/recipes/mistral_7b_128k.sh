@@ -8,18 +8,18 @@
 # config.json).
 # --- expected, by expectations.py with --plan_gpu H100 --memory_gib 78
 # engine   flash engine, kernel chosen there (the fastest that runs on the H100), data 1 × ring 1 × Ulysses 8
-# memory   forwards of up to 12,032 tokens per rank (as many as fit, nothing recomputed), the longest 16,384
-#   nothing recomputed                                               up to    12,032 tokens, 69.55 GiB
-#   every 4th layer recomputed                                       up to    15,872 tokens, 70.12 GiB
-#   every 2nd layer recomputed                                       up to    16,384 tokens, 55.75 GiB
-#   of 70.20 GiB expected at most 70.12 GiB in the backward of layer 31 (weights 1.69 GiB, optimiser 10.13
+# memory   forwards of up to 11,264 tokens per rank (as many as fit, nothing recomputed), the longest 16,384
+#   nothing recomputed                                               up to    11,264 tokens, 69.08 GiB
+#   every 4th layer recomputed                                       up to    14,848 tokens, 69.55 GiB
+#   every 2nd layer recomputed                                       up to    16,384 tokens, 57.75 GiB
+#   of 70.20 GiB expected at most 69.55 GiB in the backward of layer 31 (weights 1.69 GiB, optimiser 10.13
 #            GiB, gradients 3.38 GiB, bucket of gradients 381 MiB, gathered weights 2.21 GiB, a new gradient
-#            256 MiB, gradients in reduction 1.12 GiB, activations 50.56 GiB, layer at work 434 MiB)
+#            256 MiB, gradients in reduction 1.12 GiB, activations 50.01 GiB, layer at work 406 MiB)
 #   checkpointing auto (as far as needed), tiled MLP auto (where needed), Liger yes (--liger, for a GPU
 #            elsewhere)
 # pattern  anchor, anchors per_document
 # steps    2,000 × 8 rows × 131,072 tokens
-# work     the first step: 10 micro-batches a rank, the work that ranks wait for 1.000 of the mean
+# work     the first step: 11 micro-batches a rank, the work that ranks wait for 1.000 of the mean
 # hours    7.3 for 1.04e+20 operations on 8 × H100, at 50% of 989 bfloat16 TFLOP/s each, waiting as in the
 #            first step
 # --- end

@@ -11,22 +11,22 @@
 # described in anchor_context/parallel/README.md.
 # --- expected, by expectations.py with --plan_gpu H100 --memory_gib 78
 # engine   flash engine, kernel chosen there (the fastest that runs on the H100), data 1 × ring 2 × Ulysses 8
-# memory   forwards of up to 12,288 tokens per rank (as many as fit, nothing recomputed), the longest 32,768
-#   nothing recomputed                                               up to    12,288 tokens, 69.84 GiB
-#   every 4th layer recomputed                                       up to    16,128 tokens, 70.14 GiB
-#   every 2nd layer recomputed                                       up to    23,040 tokens, 69.74 GiB
-#   every layer recomputed                                           up to    32,768 tokens, 30.13 GiB
-#   of 70.20 GiB expected at most 70.14 GiB in the backward of layer 31 (weights 957 MiB, optimiser 5.61 GiB,
+# memory   forwards of up to 11,520 tokens per rank (as many as fit, nothing recomputed), the longest 32,768
+#   nothing recomputed                                               up to    11,520 tokens, 69.34 GiB
+#   every 4th layer recomputed                                       up to    15,104 tokens, 69.52 GiB
+#   every 2nd layer recomputed                                       up to    22,016 tokens, 70.08 GiB
+#   every layer recomputed                                           up to    32,768 tokens, 30.38 GiB
+#   of 70.20 GiB expected at most 70.08 GiB in the backward of layer 31 (weights 957 MiB, optimiser 5.61 GiB,
 #            gradients 1.87 GiB, bucket of gradients 381 MiB, gathered weights 2.93 GiB, a new gradient 1002
-#            MiB, gradients in reduction 4.16 GiB, activations 52.85 GiB, layer at work 441 MiB)
+#            MiB, gradients in reduction 4.16 GiB, activations 52.63 GiB, layer at work 602 MiB)
 #   checkpointing auto (as far as needed), tiled MLP auto (where needed), Liger yes (--liger, for a GPU
 #            elsewhere)
 # pattern  anchor, anchors per_document
 # steps    2,500 × 16 rows × 524,288 tokens
-# work     the first step: 38 micro-batches a rank, the work that ranks wait for 1.000 of the mean
-# ring     of its last micro-batch: imbalance 1.021, 392 tokens of keys and values sent per layer: 0.003 of a
+# work     the first step: 40 micro-batches a rank, the work that ranks wait for 1.000 of the mean
+# ring     of its last micro-batch: imbalance 1.026, 23 tokens of keys and values sent per layer: 0.000 of a
 #            plain ring's bytes
-# hours    84.3 for 2.35e+21 operations on 16 × H100, at 50% of 989 bfloat16 TFLOP/s each, waiting as in the
+# hours    84.7 for 2.35e+21 operations on 16 × H100, at 50% of 989 bfloat16 TFLOP/s each, waiting as in the
 #            first step
 # --- end
 set -euo pipefail

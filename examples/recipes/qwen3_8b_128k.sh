@@ -9,18 +9,18 @@
 # 2411.13476), which trained a smaller, earlier Qwen so. Qwen has no BOS: its EOS is the anchor.
 # --- expected, by expectations.py with --plan_gpu H100 --memory_gib 78
 # engine   flash engine, kernel chosen there (the fastest that runs on the H100), data 1 × ring 1 × Ulysses 8
-# memory   forwards of up to 9,216 tokens per rank (as many as fit, nothing recomputed), the longest 16,384
-#   nothing recomputed                                               up to     9,216 tokens, 69.76 GiB
-#   every 4th layer recomputed                                       up to    12,032 tokens, 69.78 GiB
-#   every 2nd layer recomputed                                       up to    16,384 tokens, 67.51 GiB
-#   of 70.20 GiB expected at most 69.78 GiB in the backward of layer 35 (weights 1.91 GiB, optimiser 11.44
+# memory   forwards of up to 8,704 tokens per rank (as many as fit, nothing recomputed), the longest 16,384
+#   nothing recomputed                                               up to     8,704 tokens, 69.77 GiB
+#   every 4th layer recomputed                                       up to    11,264 tokens, 69.38 GiB
+#   every 2nd layer recomputed                                       up to    16,384 tokens, 69.76 GiB
+#   of 70.20 GiB expected at most 69.77 GiB in the backward of layer 35 (weights 1.91 GiB, optimiser 11.44
 #            GiB, gradients 3.81 GiB, bucket of gradients 381 MiB, gathered weights 3.11 GiB, a new gradient
-#            1.16 GiB, gradients in reduction 5.22 GiB, activations 42.48 GiB, layer at work 282 MiB)
+#            1.16 GiB, gradients in reduction 5.22 GiB, activations 42.55 GiB, layer at work 204 MiB)
 #   checkpointing auto (as far as needed), tiled MLP auto (where needed), Liger yes (--liger, for a GPU
 #            elsewhere)
 # pattern  anchor, anchors per_document
 # steps    2,000 × 8 rows × 131,072 tokens
-# work     the first step: 13 micro-batches a rank, the work that ranks wait for 1.000 of the mean
+# work     the first step: 14 micro-batches a rank, the work that ranks wait for 1.000 of the mean
 # hours    7.9 for 1.12e+20 operations on 8 × H100, at 50% of 989 bfloat16 TFLOP/s each, waiting as in the
 #            first step
 # --- end

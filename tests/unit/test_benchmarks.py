@@ -196,6 +196,74 @@ def test_a_run_that_has_its_time_is_ended_and_what_it_recorded_counts(benchmarks
             time.sleep(0.05)
 
 
+def test_a_first_step_alone_is_no_result(benchmarks, tmp_path, capsys):
+    """It compiles and asks for memory, and would take the place of what a longer run measured."""
+    import train_run
+
+    run = train_run.Run(tmp_path, row_length=60, zero_stage=1)
+    run.log.write_text("what train.py said")
+    run.started = time.monotonic()
+    one_step = FAKE_RUN.replace("(9, 5, 1, 2, 6)", "(9,)").replace("sleep(60)", "sleep(0)")
+    run.process = subprocess.Popen([sys.executable, "-c", one_step, str(run.output)])
+    assert list(run.results(steps=1, at_most_seconds=60)) == []
+    assert len(read_metrics(run.output / "metrics.jsonl")) == 1
+
+
+def test_no_step_is_begun_that_would_end_too_late(benchmarks, monkeypatch):
+    """Going by the slowest with the same pattern; what was measured before stays."""
+    import train_step
+
+    clock, ran = [0.0], []
+    takes = {
+        ("fast", "anchor"): 1,
+        ("slow", "anchor"): 2,
+        ("fast", "full"): 10,
+        ("slow", "full"): 20,
+    }
+
+    class Step:
+        plain, told, model = False, "a plan", None
+
+        def __init__(self, plan, shape, **how):
+            pass
+
+        def use_kernel(self, name: str) -> None:
+            self.kernel = name
+
+        def __call__(self, row, pattern: str) -> None:
+            if row.sum() == 4096:
+                ran.append((self.kernel, pattern))
+                clock[0] += takes[ran[-1]]
+
+    def seconds(work, device) -> float:
+        before = clock[0]
+        work()
+        return clock[0] - before
+
+    work = train_step.ModelWork(matmul_parameters=1, attention_width=1)
+    monkeypatch.setattr(train_step, "Step", Step)
+    monkeypatch.setattr(train_step, "seconds", seconds)
+    monkeypatch.setattr(train_step.ModelWork, "of", lambda model: work)
+    monkeypatch.setattr(train_step, "in_fresh_process", lambda *arguments: 1)
+    monkeypatch.setattr(train_step.time, "monotonic", lambda: clock[0])
+    how = ["auto", None, *CPU.values(), ["anchor", "full"], ["fast", "slow"]]
+    rows = [np.array([4096])] * 2
+    *_, last = train_step.measure(*how, rows, deadline=15.0)
+    # full takes 10 with the fast kernel, and after 13 no 10 are left for the slow one.
+    assert ran == [("fast", "anchor"), ("fast", "full"), ("slow", "anchor"), ("fast", "anchor")]
+    assert (last["kernel"], last["variant"], last["step_s"]) == ("fast", "anchor", 1)
+
+
+def test_a_table_of_attention_may_lack_full(benchmarks, capsys):
+    import attention
+
+    row = dict.fromkeys(ATTENTION.split(), 1.0) | {"engine": "flash", "kernel": "k", "kv_heads": 1}
+    row |= {"row_length": 100, "pattern": "anchor"}
+    attention.show([row])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "1.000" in line and "  -  " in line
+
+
 def test_gpu_tests_are_counted_as_pytest_tells_them(benchmarks):
     """With workers and without; the details behind the list are no tests."""
     from gpu_tests import Job

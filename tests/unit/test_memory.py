@@ -114,6 +114,29 @@ def test_a_treatment_changes_no_loss_and_no_gradient(name, tied, monkeypatch):
     assert relative_error(planned_gradients, gradients) < 1e-5
 
 
+def mlp_gradients(*, tiles: int, dtype: torch.dtype, micro_batches: int = 1) -> list[torch.Tensor]:
+    """Of an MLP's bfloat16 weights and of its input, computed in `dtype`."""
+    model, _ = model_and_batch()
+    mlp = model.model.layers[0].mlp.to(torch.bfloat16).to(dtype)
+    tile_mlps(model).tiles = tiles
+    for _ in range(micro_batches):
+        x, dout = (torch.randn(4096, 32).to(torch.bfloat16).to(dtype) for _ in range(2))
+        x.requires_grad_()
+        mlp(x).backward(dout)
+    return [x.grad.double(), *(p.grad.double() for p in mlp.parameters())]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_gradients_of_many_tiles_add_up_in_float32(micro_batches):
+    """In bfloat16 the sum of 256 tiles would be off by ten times as much as that of one."""
+    exact, whole, tiled = (
+        mlp_gradients(tiles=tiles, dtype=dtype, micro_batches=micro_batches)
+        for tiles, dtype in ((1, torch.float64), (1, torch.bfloat16), (256, torch.bfloat16))
+    )
+    for ours, theirs, want in zip(tiled, whole, exact, strict=True):
+        assert (ours - want).norm() < 1.5 * (theirs - want).norm()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_s_mlps_are_tiled_and_whole_again(family):
     model, batch = model_and_batch(family)
