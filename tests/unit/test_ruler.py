@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import random
@@ -149,6 +150,17 @@ def test_common_words_come_ten_times_as_often_and_frequent_ones_by_zetas_law(tok
         assert count == pytest.approx(len(text) * 6 / math.pi**2 / rank**2, abs=1.5)
 
 
+@pytest.mark.parametrize("task", ["cwe", "fwe"])
+def test_a_list_fills_every_length(tokenizer, task):
+    """Also those at which a list of plain words, all that there are, is too short, and one of longer words
+    just as long would be too long."""
+    for length in range(1600, 16_000, 2400):
+        (sample,) = samples_of(tokenizer, task, length=length, trials=1)
+        assert len(sample.token_ids) + sample.new_tokens == length
+        prompt = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+        assert set(solved(prompt)) == set(sample.answers)
+
+
 def test_no_word_stands_in_another(tokenizer):
     words = ADJECTIVES + NOUNS
     assert len(set(words)) == len(words)
@@ -202,9 +214,11 @@ def test_bad_flags_are_named(model_folder, tmp_path):
     flags = ("--model", model_folder, "--out", tmp_path)
     with pytest.raises(ValueError, match="'niah' is no task; choose from niah_single_1, "):
         run(*flags, "--lengths", "2048", "--tasks", "vt,niah")
-    for task in TASKS:
-        with pytest.raises(ValueError, match=f"--lengths 160 is too short for the task {task}; "):
-            run(*flags, "--lengths", "160", "--tasks", task)
+    for task, length in itertools.product(TASKS, ("20", "160")):
+        with pytest.raises(
+            ValueError, match=f"--lengths {length} is too short for the task {task}; "
+        ):
+            run(*flags, "--lengths", length, "--tasks", task)
 
 
 def test_the_picture_has_a_line_per_task_and_a_column_per_length():

@@ -78,9 +78,7 @@ def test_a_plain_folder_with_tokenizer_and_licence_is_written(package, tiny, mon
     assert tokenizer("Paris")["input_ids"] == tiny[1]("Paris")["input_ids"]
 
 
-def test_the_folder_s_tokenizer_keeps_digits_and_the_spaces_before_them_apart(
-    package, monkeypatch
-):
+def test_the_folder_s_tokenizer_keeps_digits_and_the_spaces_before_them_apart(package, monkeypatch):
     monkeypatch.setattr(demo, "complete", lambda model, tokenizer, text: ANSWER)
     folder = make_smollm2(package / "smollm2")
     cut = load_tokenizer(str(folder)).backend_tokenizer.pre_tokenizer.pre_tokenize_str
