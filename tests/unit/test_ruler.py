@@ -197,9 +197,7 @@ def test_a_reading_model_solves_everything(model_folder, tokenizer, tmp_path, mo
         assert sum(float(row["score"]) for row in csv.DictReader(stream)) == 3 * len(found)
     assert (tmp_path / "ruler.png").stat().st_size > 5000
     said = capsys.readouterr().out
-    assert re.search(
-        r"^66 prompts of [\d,]+ tokens on cpu: about \d+ seconds, or less$", said, re.M
-    )
+    assert re.search(r"^66 prompts of [\d,]+ tokens on cpu: about \d+ seconds$", said, re.M)
     assert re.search(r"^mean +100\.0 +100\.0$", said, re.M)
     assert (12, LENGTH - 128) in model.batches, "prompts of a size were not answered together"
 
@@ -250,18 +248,18 @@ def test_batches_hold_prompts_of_one_size_and_no_more_than_the_memory_for_them()
 
 
 def test_the_estimate_adds_up_prefills_and_steps(monkeypatch):
-    """On a clock that a model moves by 2 s a token, 0.01 s a squared token and 0.5 s a call."""
+    """On a clock that a model moves by 2 s a token, and 0.01 s a squared one, of each prompt of a batch."""
     now = [0.0]
     monkeypatch.setattr(generation.time, "perf_counter", lambda: now[0])
 
     def generate(prompts, *, new_tokens):
         assert new_tokens == 1
-        tokens = prompts.shape[1]
-        now[0] += 2 * tokens + 0.01 * tokens**2
+        number, tokens = prompts.shape
+        now[0] += number * (2 * tokens + 0.01 * tokens**2)
         return prompts
 
     prompts = [prompt(400, 10), prompt(400, 10), prompt(800, 5)]
     estimate = estimated_seconds(generate, prompts, batch_size=2)
     prefills = sum(2 * tokens + 0.01 * tokens**2 for tokens in (400, 400, 800))
-    assert estimate == pytest.approx(prefills + (10 + 5) * 2.01)
+    assert estimate == pytest.approx(prefills + (2 * 10 + 5) * 2.01)
     assert now[0] < 0.4 * estimate
