@@ -22,6 +22,7 @@ BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 def real():
     sys.path.insert(0, BENCHMARKS)
     try:
+        import paper  # noqa: F401  (for `call`)
         import paper_real
     finally:
         sys.path.remove(BENCHMARKS)
