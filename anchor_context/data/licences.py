@@ -40,8 +40,13 @@ class Owners:
             return _debian_licence(self._debian[str(path)])
         for folder in self._site:
             if path.is_relative_to(folder):
-                top = path.relative_to(folder).parts[0].removesuffix(".py")
-                return _python_licence(self._python.get(top, ["unknown"])[0])
+                inside = path.relative_to(folder)
+                packages = self._python.get(inside.parts[0].removesuffix(".py"), ["unknown"])
+                if (
+                    len(packages) > 1
+                ):  # that share a name, as nvidia's do: whose RECORD has the file?
+                    packages = [p for p in packages if str(inside) in _files(p)] or packages
+                return _python_licence(packages[0])
         if path.is_relative_to(self._stdlib):
             return "python", "PSF-2.0", str(self._stdlib / "LICENSE.txt")
         return "unknown", "unknown", ""
@@ -59,20 +64,30 @@ def _debian_licence(package: str) -> tuple[str, str, str]:
 
 
 @cache
+def _files(package: str) -> set[str]:
+    """Of a Python package, as its RECORD has them."""
+    return set(map(str, metadata.files(package) or ()))
+
+
+@cache
 def _python_licence(package: str) -> tuple[str, str, str]:
     try:
         told = metadata.metadata(package)
     except metadata.PackageNotFoundError:
         return package, "unknown", ""
-    names = [told[key] for key in ("License-Expression", "License") if told[key]]
-    names = [name.splitlines()[0] for name in names]
-    names += [
+    told_in = f"the metadata of {package} {told['Version']}"
+    if expression := told["License-Expression"]:
+        return package, _short(expression.split(" AND ")), told_in
+    licence = (told["License"] or "").strip().splitlines()
+    classified = [
         line.rpartition(" :: ")[2]
         for line in told.get_all("Classifier", [])
         if line.startswith("License ::")
     ]
-    names = [name for name in names if len(name) <= LONGEST_NAME][:1]
-    return package, _short(names), f"the metadata of {package} {told['Version']}"
+    # Where the field is the whole text, its first line may be a title, or anything.
+    names = classified + licence[:1] if len(licence) > 1 else licence + classified
+    names = [name for name in names if len(name) <= LONGEST_NAME and name != "UNKNOWN"][:1]
+    return package, _short(names), told_in
 
 
 def _short(names: list[str]) -> str:

@@ -27,25 +27,13 @@ CLOSE = 0.03
 """Ways that wait for so little more than the best one are as good, and the one that sends least is taken."""
 
 
-@dataclass(frozen=True)
-class AttentionSizes:
-    """What of a model decides the price of attention and the bytes of its exchanges."""
-
-    name: str
-    pair_price: float
-    """The work of a (query, key) pair; that of one token without attention is 1."""
-    query_bytes: int
-    """Of one token's queries in all layers, in bfloat16; its outputs have as many."""
-    key_value_bytes: int
-    """Of one token's keys and values in all layers, in bfloat16."""
-
-
-LLAMA_7B = AttentionSizes(
-    name="LLaMA-2-7B",
-    pair_price=LLAMA_7B_WORK.pair_price,
-    query_bytes=32 * 4096 * 2,
-    key_value_bytes=32 * 2 * 4096 * 2,
-)
+# Of LLaMA-2-7B, by whose sizes work and exchanges are told, in bfloat16.
+PAIR_PRICE = LLAMA_7B_WORK.pair_price
+"""The work of a (query, key) pair; that of one token without attention is 1."""
+QUERY_BYTES = 32 * 4096 * 2
+"""Of one token's queries in all layers; its outputs have as many."""
+KEY_VALUE_BYTES = 2 * QUERY_BYTES
+"""Of one token's keys and values in all layers."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,6 @@ def ways_to_share(
     ranks: int,
     rows_per_rank: int,
     micro_batch_tokens: int,
-    sizes: AttentionSizes = LLAMA_7B,
 ) -> list[Way]:
     """Measure every way that these rows allow.
 
@@ -89,9 +76,7 @@ def ways_to_share(
         first = step * rows_per_step
         rows = [prepared.row(i) for i in range(first, first + rows_per_step)]
         units = cut_rows(rows, kind=kind)
-        for way in _ways(
-            units, ranks, micro_batch_tokens, sizes, placement=prepared.anchor_placement
-        ):
+        for way in _ways(units, ranks, micro_batch_tokens, placement=prepared.anchor_placement):
             found.setdefault(way.name, []).append(way)
     return [
         replace(
@@ -113,16 +98,14 @@ def best_way(ways: list[Way], *, zero_stage: int) -> Way:
     )
 
 
-def _ways(
-    units: Units, ranks: int, most_tokens: int, sizes: AttentionSizes, *, placement: str
-) -> Iterator[Way]:
+def _ways(units: Units, ranks: int, most_tokens: int, *, placement: str) -> Iterator[Way]:
     def deal(data_ranks: int, zero_stage: int) -> MicroBatchPlan:
         return deal_units(
             units,
             data_ranks=data_ranks,
             zero_stage=zero_stage,
             most_tokens=most_tokens * (ranks // data_ranks),
-            pair_price=sizes.pair_price,
+            pair_price=PAIR_PRICE,
         )
 
     for name, stages in (("ZeRO 1", (1,)), ("ZeRO 2 and 3", (2, 3))):
@@ -139,15 +122,13 @@ def _ways(
         if ranks % ulysses or ring < 2:
             continue
         plans = ring_plans(plan, ring)
-        exchanged = (
-            (2 * sizes.query_bytes + sizes.key_value_bytes) * tokens * (ulysses - 1) / ulysses
-        )
-        keys_and_values = sizes.key_value_bytes * sum(p.sent_tokens for p in plans)
+        exchanged = (2 * QUERY_BYTES + KEY_VALUE_BYTES) * tokens * (ulysses - 1) / ulysses
+        keys_and_values = KEY_VALUE_BYTES * sum(p.sent_tokens for p in plans)
         name = "ring_attn" if ulysses == 1 else f"hybrid_attn, Ulysses {ulysses} × ring {ring}"
         yield Way(
             name,
             (1, 2, 3),
-            ring_imbalance(plans, ranks=ring, pair_price=sizes.pair_price),
+            ring_imbalance(plans, ranks=ring),
             plan.micro_batches,
             sent_bytes=exchanged + keys_and_values,
         )
@@ -164,14 +145,14 @@ def ring_plans(plan: MicroBatchPlan, ranks: int) -> list[RowPlan]:
     return plans
 
 
-def ring_imbalance(plans: list[RowPlan], *, ranks: int, pair_price: float) -> float:
+def ring_imbalance(plans: list[RowPlan], *, ranks: int) -> float:
     """The work that a ring's ranks wait for over a rank's mean: they meet in every micro-batch."""
     # (micro-batches, ranks)
-    cost = np.array([p.row.boundaries[-1] / ranks + pair_price * p.load for p in plans])
+    cost = np.array([p.row.boundaries[-1] / ranks + PAIR_PRICE * p.load for p in plans])
     return float(cost.max(1).sum() / cost.mean(1).sum())
 
 
-def describe_ways(ways: list[Way], *, sizes: AttentionSizes = LLAMA_7B) -> str:
+def describe_ways(ways: list[Way]) -> str:
     """A table for people, and which way to take."""
     lines = [f"{'ranks share':<36} {'waiting':>8} {'micro-batches':>14} {'sent':>12}"]
     lines += [
@@ -180,8 +161,8 @@ def describe_ways(ways: list[Way], *, sizes: AttentionSizes = LLAMA_7B) -> str:
         for way in ways
     ]
     lines += [
-        f"waiting: the work of the rank that others wait for over the mean; sent: of a step's forward, with "
-        f"{sizes.name}'s sizes",
+        "waiting: the work of the rank that others wait for over the mean; sent: of a step's forward, with "
+        "LLaMA-2-7B's sizes",
         *(
             f"under ZeRO {stage} I would take: {best_way(ways, zero_stage=stage).name}"
             for stage in (1, 3)

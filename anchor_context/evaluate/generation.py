@@ -100,25 +100,31 @@ def greedy(model: PreTrainedModel, *, pad_id: int) -> Generate:
 def estimated_seconds(
     generate: Generate, prompts: Sequence[Question], *, batch_size: int | None
 ) -> float:
-    """What `generated_texts` will take, at most: measured on an eighth and a quarter of the longest prompt.
+    """About what `generated_texts` will take, measured on an eighth and a quarter of the longest prompt.
 
-    A prefill of S tokens takes a·S + b·S², a decoding step what a single token takes. Batches that fill a GPU
-    better than one prompt does, and answers that end early, take less.
+    A prefill of S tokens takes a·S + b·S²; a decoding step of a batch what as many prompts of one token take,
+    which leaves out reading their cache. Batches that fill a GPU better than one prompt does, and answers
+    that end early, take less.
     """
     longest = max((prompt.token_ids for prompt in prompts), key=len)
     eighth, quarter = max(len(longest) // 8, 1), max(len(longest) // 4, 2)
+    batches = list(batches_of(prompts, batch_size))
 
-    def seconds(tokens: int) -> float:
-        prompt, start = torch.tensor([longest[:tokens]]), time.perf_counter()
-        generate(prompt, new_tokens=1).tolist()  # waits for the device
+    def seconds(tokens: int, *, at_once: int = 1) -> float:
+        batch, start = torch.tensor([longest[:tokens]] * at_once), time.perf_counter()
+        generate(batch, new_tokens=1).tolist()  # waits for the device
         return time.perf_counter() - start
 
     seconds(quarter)  # the first call of a size pays for more than itself
-    step, short, long = seconds(1), seconds(eighth), seconds(quarter)
+    short, long = seconds(eighth), seconds(quarter)
     b = max((long / quarter - short / eighth) / (quarter - eighth), 0.0)
     a = max(long / quarter - b * quarter, 0.0)
+    step = {
+        number: min(seconds(1, at_once=number) for _ in range(2))
+        for number in {len(batch) for batch in batches}
+    }
     return math.fsum(
-        len(batch) * (a * tokens + b * tokens**2) + batch[0].new_tokens * step
-        for batch in batches_of(prompts, batch_size)
+        len(batch) * (a * tokens + b * tokens**2) + batch[0].new_tokens * step[len(batch)]
+        for batch in batches
         if (tokens := len(batch[0].token_ids))
     )

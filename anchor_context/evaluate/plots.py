@@ -56,14 +56,14 @@ def cells(
 
 
 def perplexity_curve(rows: list[dict], *, title: str) -> Figure:
-    """Perplexity over the positions of the targets, with two standard errors."""
+    """Perplexity over the positions of the targets, with two standard errors where they are known."""
     rows = [row for row in rows if row["kind"] == "position"]
     figure = Figure(figsize=(max(6.5, 1.5 + 0.75 * len(rows)), 4.6), layout="constrained")
     axes = figure.subplots()
     values = [row["perplexity"] for row in rows]
     places, documents = range(len(rows)), rows[0]["documents"]
-    if documents > 1:
-        errors = [row["loss_standard_error"] or 0.0 for row in rows]
+    errors = [row["loss_standard_error"] for row in rows]
+    if None not in errors:
         low = [math.exp(row["loss"] - 2 * e) for row, e in zip(rows, errors, strict=True)]
         high = [math.exp(row["loss"] + 2 * e) for row, e in zip(rows, errors, strict=True)]
         band = "± 2 standard errors of the documents"

@@ -28,7 +28,13 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from anchor_context.evaluate.prompts import Haystack, passkey_sentences
-from anchor_context.evaluate.words import coded_words, distinct_words, pairs
+from anchor_context.evaluate.words import (
+    PLAIN,
+    coded_words,
+    distinct_words,
+    long_words,
+    pairs,
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ class Listing:
     pieces: list[str]
     answers: list[str]
     """Empty where the words are too few to tell them apart."""
-    more: list[str]
-    """Pieces that may follow without changing the answers."""
+    more: Iterator[str]
+    """Endless pieces, some of which may follow without changing the answers."""
 
 
 class Page:
@@ -119,6 +125,8 @@ class Page:
         """`before`, the longest listing(n) that fits, of its `more` what fits, `after`; and the answers."""
         first, last = self.ids(before), self.ids(after)
         room = self.room - len(first) - len(last)
+        if room < 1:
+            raise TooShort
 
         def length(number: int) -> int:
             return len(self.ids(*listing(number).pieces))
@@ -126,9 +134,9 @@ class Page:
         longest = listing(bisect.bisect_right(range(room), room, key=length) - 1)
         if not longest.answers:
             raise TooShort
-        body, more = self.ids(*longest.pieces), iter(longest.more)
+        body = self.ids(*longest.pieces)
         while len(body) < room:
-            body += self.ids(next(more))
+            body += self.ids(next(longest.more))
         return first + body[:room] + last, longest.answers
 
 
@@ -244,6 +252,10 @@ def variable_tracking(page: Page) -> tuple[list[int], list[str]]:
 
 COMMON = 10
 COMMON_TIMES, UNCOMMON_TIMES = 30, 3
+SPARE = 20
+"""Words that may follow a list."""
+Words = Callable[[int, random.Random], list[str]]
+"""words(count, chance) -> so many different words"""
 
 
 def common_words(page: Page) -> tuple[list[int], list[str]]:
@@ -252,25 +264,42 @@ def common_words(page: Page) -> tuple[list[int], list[str]]:
     question = " Question: which ten words come most often in the list? Answer: they are"
     example = word_list(30, page.random.random())
     solved = "".join(example.pieces) + question + "".join(numbered(example.answers))
-    listing = partial(word_list, seed=page.random.random())
-    return page.listed(intro + solved + intro, listing, question)
+    seed, words = page.random.random(), distinct_words
+    if len(page.ids(*word_list(MOST_PLAIN, seed).pieces)) <= page.room:
+        # Else the longest list of plain words might leave room, and one more word, for which all words become
+        # longer ones, might be too many.
+        words = long_words
+    return page.listed(intro + solved + intro, partial(word_list, seed=seed, words=words), question)
 
 
-def word_list(number: int, seed: float) -> Listing:
-    """So many words. Too few for thirty of each of the ten: two thirds are theirs, and the others come a
-    tenth as often, or once."""
-    times = min(COMMON_TIMES, number * 2 // 3 // COMMON)
-    others_times = max(times * UNCOMMON_TIMES // COMMON_TIMES, 1)
-    left = max(number - COMMON * times, 0)
-    others = -(-left // others_times)
+def word_list(number: int, seed: float, *, words: Words = distinct_words) -> Listing:
+    """So many words, drawn by `words`."""
+    times, others_times = word_times(number)
     chance = random.Random(seed)
-    words = distinct_words(COMMON + others + 20, chance)
-    common, uncommon = words[:COMMON], words[COMMON:-20]
-    text = common * times + [word for word in uncommon for _ in range(others_times)][:left]
+    drawn = words(different_words(number), chance)
+    common, uncommon, spare = drawn[:COMMON], drawn[COMMON:-SPARE], drawn[-SPARE:]
+    others = [word for word in uncommon for _ in range(others_times)]
+    text = common * times + others[: number - COMMON * times]
     chance.shuffle(text)
-    return Listing(
-        numbered(text), common if times > 1 else [], more=[f" {word}" for word in words[-20:]]
-    )
+    more = itertools.cycle(f" {word}" for word in spare)
+    return Listing(numbered(text), common if times > 1 else [], more)
+
+
+def word_times(number: int) -> tuple[int, int]:
+    """How often a common word comes in a list of so many words, and how often another. Where they are too few
+    for thirty of each of the ten, two thirds are theirs, and the others come a tenth as often, or once."""
+    times = min(COMMON_TIMES, number * 2 // 3 // COMMON)
+    return times, max(times * UNCOMMON_TIMES // COMMON_TIMES, 1)
+
+
+def different_words(number: int) -> int:
+    """How many different words are drawn for a list of so many, the spare ones included."""
+    times, others_times = word_times(number)
+    return COMMON - (-(number - COMMON * times) // others_times) + SPARE
+
+
+MOST_PLAIN = next(n for n in itertools.count() if different_words(n + 1) > len(PLAIN))
+"""The longest list of plain words."""
 
 
 def numbered(words: list[str]) -> list[str]:
@@ -303,7 +332,7 @@ def coded_text(number: int, seed: float) -> Listing:
     text += [DOTS] * (number - len(text))
     chance.shuffle(text)
     told_apart = len(counts) > 3 and counts[2] > counts[3]
-    return Listing(text, words[:3] if told_apart else [], more=[DOTS] * 20)
+    return Listing(text, words[:3] if told_apart else [], more=itertools.repeat(DOTS))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ NOUNS = words("""
     whistle window winter
     wizard zebra
 """)
+PLAIN = ADJECTIVES + NOUNS
 
 
 def pairs(random: random.Random) -> Iterator[str]:
@@ -49,9 +50,11 @@ def pairs(random: random.Random) -> Iterator[str]:
 
 def distinct_words(count: int, random: random.Random) -> list[str]:
     """So many different words: plain ones while they suffice, else all of them of two parts and more."""
-    plain = ADJECTIVES + NOUNS
-    if count <= len(plain):
-        return random.sample(plain, count)
+    return random.sample(PLAIN, count) if count <= len(PLAIN) else long_words(count, random)
+
+
+def long_words(count: int, random: random.Random) -> list[str]:
+    """So many different words of two parts and more."""
     return list(itertools.islice(pairs(random), count))
 
 

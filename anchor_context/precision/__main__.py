@@ -170,17 +170,6 @@ def measure(
     setting = setting | circumstances(
         config, rope, scoring, layers=layers, documents=documents, queries=queries
     )
-    seconds = {
-        dtype: time_rotation(
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            row_length=max(lengths),
-            rope=rope,
-            dtype=DTYPES[dtype],
-        )
-        for dtype in dtypes
-        if DTYPES[dtype] != torch.float32
-    }
     changes, step_changes, tokens = [], [], []
 
     def measure_row(length: int) -> None:
@@ -220,6 +209,17 @@ def measure(
 
     for length in lengths:
         measure_row(length)
+        seconds = {
+            dtype: time_rotation(
+                heads=config.num_attention_heads,
+                kv_heads=config.num_key_value_heads,
+                row_length=length,
+                rope=rope,
+                dtype=DTYPES[dtype],
+            )
+            for dtype in dtypes
+            if DTYPES[dtype] != torch.float32
+        }
         yield Measurements(
             setting, Table(changes[:]), Table(step_changes[:]), Table(tokens[:]), seconds
         )

@@ -27,7 +27,7 @@ class Measurements:
     tokens: Table
     """`measure.TokenChange` with its row `length`: a column for each distance from the first token."""
     rotation_seconds: dict[str, dict[str, float]]
-    """dtype -> `timing.time_rotation`"""
+    """dtype -> `timing.time_rotation` of the longest row"""
 
     def values(self, column: str) -> list:
         """The different values of a column of `changes`, in the order of measurement."""

@@ -8,7 +8,7 @@ from data_samples import prepare, write_token_rows
 
 from anchor_context.data.__main__ import main
 from anchor_context.data.loader import Dealing, make_loader
-from anchor_context.data.ranks import LLAMA_7B, Way, best_way, ways_to_share
+from anchor_context.data.ranks import PAIR_PRICE, Way, best_way, ways_to_share
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_the_loaders_steps_are_as_even_as_told(prepared, name, stage):
         data_rank=0,
         data_degree=4,
         total_rows=rows,
-        dealing=Dealing(micro_batch_tokens=300, zero_stage=stage, pair_price=LLAMA_7B.pair_price),
+        dealing=Dealing(micro_batch_tokens=300, zero_stage=stage, pair_price=PAIR_PRICE),
     ).dataset
     steps = [batch for batch in loader if batch["is_last"]]
     assert len(steps) == rows // 4

@@ -128,6 +128,51 @@ def test_whose_python_s_files_are():
     assert Owners().of(Path("/nowhere/at/all")) == ("unknown", "unknown", "")
 
 
+@pytest.mark.parametrize(
+    "told, licence",
+    [
+        ("License-Expression: MIT\nClassifier: License :: OSI Approved :: BSD License", "MIT"),
+        (
+            "License-Expression: " + " AND ".join(f"A-Quite-Long-Name-{n}" for n in range(5)),
+            "A-Quite-Long-Name-0, A-Quite-Long-Name-1, A-Quite-Long-Name-2 and 2 more",
+        ),
+        ("License: UNKNOWN\nClassifier: License :: OSI Approved :: BSD License", "BSD License"),
+        (
+            "License: Copyright (c) 2015\n        A text.\nClassifier: License :: MIT License",
+            "MIT License",
+        ),
+        ("License: The MIT License\n        A text.", "The MIT License"),
+        (f"License: {'A text. ' * 9}", "not named"),
+    ],
+)
+def test_what_a_python_package_says_of_its_licence(tmp_path, monkeypatch, told, licence):
+    python_package(tmp_path, "told", "told/__init__.py", told)
+    monkeypatch.syspath_prepend(tmp_path)
+    licences._python_licence.cache_clear()
+    assert licences._python_licence("told") == ("told", licence, "the metadata of told 1.0")
+    licences._python_licence.cache_clear()
+
+
+def test_of_packages_that_share_a_name_the_one_with_the_file_is_told(tmp_path, monkeypatch):
+    for name in ("one", "other"):
+        python_package(tmp_path, name, f"shared/{name}.py", f"License-Expression: {name}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(licences.site, "getsitepackages", lambda: [str(tmp_path)])
+    owners = Owners()
+    for name in ("one", "other"):
+        assert owners.of(tmp_path / f"shared/{name}.py")[:2] == (name, name)
+    licences._python_licence.cache_clear()
+    licences._files.cache_clear()
+
+
+def python_package(folder: Path, name: str, file: str, told: str) -> None:
+    """An installed package of one file."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\n{told}\n")
+    (info / "RECORD").write_text(f"{file},,\n{info.name}/METADATA,,\n")
+
+
 def test_the_command_says_what_it_took(tmp_path, capsys):
     main(["collect", str(tmp_path), "--characters_per_tree", "200000"])
     said = capsys.readouterr().out

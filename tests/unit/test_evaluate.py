@@ -24,7 +24,12 @@ from anchor_context.demo import standard_library_texts, tiny_llama, train_tokeni
 from anchor_context.evaluate import __main__ as evaluate
 from anchor_context.evaluate import perplexity
 from anchor_context.evaluate.generation import greedy
-from anchor_context.evaluate.perplexity import perplexity_rows, position_ranges, token_losses
+from anchor_context.evaluate.perplexity import (
+    every_document_rows,
+    perplexity_rows,
+    position_ranges,
+    token_losses,
+)
 from anchor_context.evaluate.plots import heat_map, loss_by_position, perplexity_curve
 from anchor_context.evaluate.prompts import (
     TASKS,
@@ -145,7 +150,8 @@ def test_a_copying_model_finds_everything(tiny, tokenizer, task, tmp_path, monke
     with (tmp_path / f"{task}.csv").open() as stream:
         assert sum(row["correct"] == "True" for row in csv.DictReader(stream)) == 18
     assert (tmp_path / f"{task}.png").stat().st_size > 5000
-    assert max(rows for rows, _ in model.batches) > 1, "nothing was batched"
+    asked = [rows for rows, tokens in model.batches if tokens > 1]  # a token: the estimate's
+    assert max(asked) > 1, "nothing was batched"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -295,6 +301,8 @@ def test_perplexity_by_position():
     )
     alone = perplexity_curve(perplexity_rows(losses[:1], [256]), title="ppl").axes[0]
     assert [text.get_text() for text in alone.get_legend().get_texts()] == ["1 document"]
+    every = perplexity_curve(every_document_rows(losses, [256]), title="ppl").axes[0]
+    assert [text.get_text() for text in every.get_legend().get_texts()] == ["2 documents"]
 
 
 def test_steps_beside_the_curves_are_whole_numbers():
@@ -317,6 +325,18 @@ def test_perplexity_of_a_checkpoint(tiny, tmp_path, capsys):
         ValueError, match=r"no document fills --lengths 1000000; the longest has \d+ tokens: give"
     ):
         run("ppl", *flags, "--lengths", "1000000")
+
+
+def test_a_document_that_brings_its_anchor_gets_no_second_one(tiny, tokenizer, tmp_path):
+    texts = [json.loads(line)["text"] for line in (tiny / "documents.jsonl").open()]
+    flags = ["ppl", "--model", tiny / "model", "--lengths", "256", "--out", tmp_path]
+    run(*flags, "--dataset", tiny / "documents.jsonl")
+    found = json.loads((tmp_path / "ppl.json").read_text())["results"]
+    rows = (tokenizer(text)["input_ids"] for text in texts)  # each behind a BOS
+    lines = [json.dumps({"input_ids": row, "seq_lengths": [len(row)]}) + "\n" for row in rows]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    run(*flags, "--dataset", tmp_path / "t.jsonl", "--data_format", "tokenized")
+    assert json.loads((tmp_path / "ppl.json").read_text())["results"] == found
 
 
 def test_perplexity_of_another_column_with_damaged_records(tiny, tmp_path, capsys):

@@ -13,6 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+
+from anchor_context.attention.patterns import PATTERNS
+from anchor_context.data.loader import make_loader
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
@@ -59,15 +63,17 @@ def started(paper, size, data):
     """(configuration, weights) of a model that was not trained."""
     torch.manual_seed(0)
     config = paper.model_config(size, data.tokenizer)
-    model = paper.LlamaForCausalLM._from_config(config, dtype=torch.float32)
+    model = LlamaForCausalLM._from_config(config, dtype=torch.float32)
     return config, model.state_dict()
 
 
 def test_all_variants_start_from_the_same_weights(paper, size, started):
+    import paper_small
+
     config, start = started
     variants = paper.extended(config, start, size, torch.device("cpu"))
     assert {(v.pattern, v.precision) for v in variants} == {
-        (pattern, precision) for pattern in paper.PATTERNS for precision in paper.PRECISIONS
+        (pattern, precision) for pattern in PATTERNS for precision in paper.PRECISIONS
     }
     for variant in variants:
         named = list(variant.model.named_parameters())
@@ -77,7 +83,7 @@ def test_all_variants_start_from_the_same_weights(paper, size, started):
             assert weight.dtype == paper.PRECISIONS[variant.precision]
             assert torch.equal(weight, start[name].to(weight.dtype))
         rope = variant.model.config.rope_parameters
-        assert rope["rope_theta"] == paper.THETA * 2, "512 over 256 tokens"
+        assert rope["rope_theta"] == paper_small.THETA * 2, "512 over 256 tokens"
         assert variant.model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
@@ -103,20 +109,19 @@ def test_a_step_moves_the_masters_and_rounds_them_into_the_model(paper, size, da
 def test_no_variant_steps_before_another_as_a_rule(paper, size, data):
     order = []
     variants = [
-        SimpleNamespace(step=lambda batches, name=name: order.append(name))
-        for name in paper.PATTERNS
+        SimpleNamespace(step=lambda batches, name=name: order.append(name)) for name in PATTERNS
     ]
     paper.train(variants, data.long, steps=40, tokens=size.step_tokens, seed=0)
     turns = [order[i : i + 4] for i in range(0, 160, 4)]
-    assert len(order) == 160 and all(set(turn) == set(paper.PATTERNS) for turn in turns)
-    for one, other in permutations(paper.PATTERNS, 2):
+    assert len(order) == 160 and all(set(turn) == set(PATTERNS) for turn in turns)
+    for one, other in permutations(PATTERNS, 2):
         assert 12 <= sum(turn.index(one) < turn.index(other) for turn in turns) <= 28
 
 
 def test_patterns_see_the_same_tokens_and_targets_through_other_masks(paper, data):
     from paper_train import inputs_of
 
-    loader = paper.make_loader(
+    loader = make_loader(
         data.long,
         pattern="anchor",
         seed=0,
@@ -126,7 +131,7 @@ def test_patterns_see_the_same_tokens_and_targets_through_other_masks(paper, dat
         data_degree=1,
     )
     batch = next(iter(loader))
-    inputs = {p: inputs_of(batch, p, torch.device("cpu")) for p in paper.PATTERNS}
+    inputs = {p: inputs_of(batch, p, torch.device("cpu")) for p in PATTERNS}
     assert len(batch["layout"].cu_seqlens) > 2 + 1, "several documents in a row"
     for pattern, given in inputs.items():
         assert torch.equal(given["input_ids"], batch["input_ids"])
@@ -220,7 +225,7 @@ def test_a_run_from_end_to_end(paper, size, tmp_path, monkeypatch, capsys):
     assert line["ceiling"]["guessing_nats"] == pytest.approx(math.log(90))
     assert [(r["pattern"], r["precision"]) for r in line["results"]] == [
         ("start", "float32"),
-        *((pattern, precision) for precision in paper.PRECISIONS for pattern in paper.PATTERNS),
+        *((pattern, precision) for precision in paper.PRECISIONS for pattern in PATTERNS),
     ]
     for result in line["results"]:
         assert set(result["needle"]) == set(result["needle_nats"]) == {"256", "512"}

@@ -22,6 +22,7 @@ BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 def real():
     sys.path.insert(0, BENCHMARKS)
     try:
+        import paper  # noqa: F401  (for `call`)
         import paper_real
     finally:
         sys.path.remove(BENCHMARKS)
@@ -300,6 +301,16 @@ def test_too_little_text_is_told(real, size, given, tmp_path):
     (tmp_path / "few.jsonl").write_text('{"text": "a few words"}\n')
     with pytest.raises(ValueError, match="--texts has 0 documents of 256 tokens to hold out and 0"):
         size.material(size.data, tmp_path, model=given / "model", texts=tmp_path / "few.jsonl")
+
+
+def test_of_copies_one_is_held_out_or_trained_on(real, size, given, tmp_path):
+    lines = (given / "texts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "twice.jsonl").write_text("".join(line for line in lines for _ in range(2)))
+    texts = tmp_path / "twice.jsonl"
+    material = size.material(size.data, tmp_path, model=given / "model", texts=texts)
+    trained = (tmp_path / "documents.jsonl").read_text().splitlines()
+    assert len(trained) == len(set(trained)) == len(lines) - 5
+    assert len({tuple(document.tolist()) for document in material.long_documents}) == 3
 
 
 def test_on_a_gpu_the_model_is_smollm2_and_the_texts_are_the_machine_s(

@@ -566,8 +566,12 @@ def test_the_report_is_written_after_every_length_and_before_the_pictures(tmp_pa
             silent.append(self.desc)
             return super().update(n)
 
+    def time_rotation(*, row_length: int, **what):
+        return {"model": 1.0, "float32": float(row_length)}
+
     measured = laboratory.visit_layers
     monkeypatch.setattr(laboratory, "visit_layers", visit_layers)
+    monkeypatch.setattr(laboratory, "time_rotation", time_rotation)
     monkeypatch.setattr(laboratory, "tqdm", Bar)
     monkeypatch.setattr(
         laboratory,
@@ -594,6 +598,8 @@ def test_the_report_is_written_after_every_length_and_before_the_pictures(tmp_pa
     assert lengths == (64, 128, 0)
     rows = [{n for n in ("64", "128") if f"| full | {n} |" in text} for text in reports]
     assert rows == [set(), {"64"}, {"64", "128"}]
+    for length, text in zip((64, 128), reports[1:], strict=True):
+        assert f"keys of {length} tokens" in text and f"| {length}.00 |" in text, "another row's"
     assert silent == ["64 tokens"] * 2 + ["128 tokens"] * 2 + ["pictures"]
 
 

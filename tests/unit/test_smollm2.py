@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anchor_context import demo
+from anchor_context.data.tokenizer import load_tokenizer
 from anchor_context.demo import (
     ANSWER,
     complete,
@@ -75,6 +76,14 @@ def test_a_plain_folder_with_tokenizer_and_licence_is_written(package, tiny, mon
         torch.equal(a, b) for a, b in zip(model.parameters(), tiny[0].parameters(), strict=True)
     )
     assert tokenizer("Paris")["input_ids"] == tiny[1]("Paris")["input_ids"]
+
+
+def test_the_folder_s_tokenizer_keeps_digits_and_the_spaces_before_them_apart(package, monkeypatch):
+    monkeypatch.setattr(demo, "complete", lambda model, tokenizer, text: ANSWER)
+    folder = make_smollm2(package / "smollm2")
+    cut = load_tokenizer(str(folder)).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    pieces = [piece for piece, _ in cut("x  12\n    7 a")]
+    assert pieces == ["x", "ĠĠ", "1", "2", "ĊĠĠĠĠ", "7", "Ġa"]
 
 
 def test_a_model_that_does_not_answer_is_not_written(package, monkeypatch):

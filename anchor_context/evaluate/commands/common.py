@@ -75,7 +75,7 @@ def ask(
         seconds = estimated_seconds(generate, mine, batch_size=flags.batch_size)
         print(
             f"{len(mine):,} prompts of {sum(len(p.token_ids) for p in mine):,} tokens on "
-            f"{state.device.type}: about {duration(seconds)}, or less",
+            f"{state.device.type}: about {duration(seconds)}",
             flush=True,
         )
     with tqdm(total=len(mine), unit="prompt", disable=not state.is_main_process) as bar:

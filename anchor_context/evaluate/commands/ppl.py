@@ -80,12 +80,12 @@ def documents_to_measure(
             state.print(f"note: bad documents skipped: {len(bad)}; the first: {first}")
         tokens = torch.from_numpy(documents.tokens).long()
         for document in tokens.split(documents.lengths.tolist()):
+            if not every and flags.data_format == "raw_json":
+                document = document[:-1]  # the reader's EOS: an end is not what is asked
+            document = document[int(torch.equal(document[:1], anchor)) :]  # it is not doubled
             if every:
-                document = document[int(document[0] == anchor) :]  # it is not doubled
                 document = document[: needed + 1]
             else:
-                if flags.data_format == "raw_json":
-                    document = document[:-1]  # the reader's EOS: an end is not what is asked
                 longest = max(longest, len(document))
                 document = document[:needed] if len(document) >= needed else document[:0]
             if len(document):
