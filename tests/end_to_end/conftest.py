@@ -5,14 +5,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import ROOT, Tiny, free_port
 
 from anchor_context.demo import standard_library_texts, tiny_llama, train_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def closed_terminals_are_noticed() -> Iterator[None]:
+    """Runs inherit that SIGHUP is ignored where the tests themselves are started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")
