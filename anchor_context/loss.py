@@ -372,18 +372,16 @@ def check_logits(model: PreTrainedModel) -> None:
     Its own forward is asked, with a small head and hidden states in place of its own, so the `model` may lie
     on the meta device. One whose forward cannot be asked so is believed.
     """
-    head, base, own_head = (
-        nn.Linear(4, 9, bias=False),
-        model.base_model,
-        model.get_output_embeddings(),
-    )
+    head, own_head = nn.Linear(4, 9, bias=False), model.get_output_embeddings()
+    base = model.base_model
     head.weight.copy_(torch.linspace(-1, 2, 36).view(9, 4))
     hidden = torch.linspace(-2, 1, 12).view(1, 3, 4)
     model.set_output_embeddings(head)
     base.forward = lambda *_, **__: _BaseOutput([hidden])
     try:
         found = model(input_ids=torch.zeros(1, 3, dtype=torch.long), return_dict=True).logits
-    except Exception:  # whatever else such a forward does with its base model
+    # Whatever such a forward does beside with its base model's output.
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return
     finally:
         del base.forward

@@ -42,9 +42,7 @@ class Owners:
             if path.is_relative_to(folder):
                 inside = path.relative_to(folder)
                 packages = self._python.get(inside.parts[0].removesuffix(".py"), ["unknown"])
-                if (
-                    len(packages) > 1
-                ):  # that share a name, as nvidia's do: whose RECORD has the file?
+                if len(packages) > 1:  # share a folder, as nvidia's do: whose RECORD has the file?
                     packages = [p for p in packages if str(inside) in _files(p)] or packages
                 return _python_licence(packages[0])
         if path.is_relative_to(self._stdlib):

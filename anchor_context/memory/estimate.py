@@ -387,10 +387,8 @@ def _activations(setup: Setup, treatment: Treatment, tokens: int) -> _Activation
         # their gradients.
         mlp_scratch = tokens * 2 * b * s.hidden
         mlp_scratch += tile * b * (s.hidden + (4 if setup.liger else 6) * s.intermediate)
-        if (
-            b < 4 and s.mlps_trained and not s.adapter_ranks
-        ):  # float32 sums of its weights' gradients
-            mlp_scratch += 4 * 3 * s.hidden * s.intermediate
+        if b < 4 and s.mlps_trained and not s.adapter_ranks:
+            mlp_scratch += 4 * 3 * s.hidden * s.intermediate  # float32 sums of weights' gradients
     else:
         # Gradients of two (tokens × intermediate) tensors; Liger's take the place of what was kept.
         mlp_scratch = tokens * (1 if setup.liger else 2) * b * s.intermediate
@@ -400,9 +398,7 @@ def _activations(setup: Setup, treatment: Treatment, tokens: int) -> _Activation
         attention_scratch += 4 * q  # FlashAttention's sum of the queries' gradients
         attention_scratch += 2 * b * q if kv < q else 0  # and keys' and values', per query head
     if setup.ulysses_degree > 1:
-        attention_scratch += (
-            2 * b * q
-        )  # what is exchanged, in the order of ranks, sent and received
+        attention_scratch += 2 * b * q  # what is exchanged, by rank: sent and received
     if setup.hidden_anchors:
         attention_scratch += 2 * b * q  # gradients of output and queries once more, of that call
     at_work = max(
