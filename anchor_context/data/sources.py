@@ -96,16 +96,16 @@ def find_inputs(dataset: list[str] | str) -> list[str]:
     found = [file for name in names if name for file in _files_of(name)]
     if not found:
         raise ValueError("--dataset is empty; name at least one file")
-    names: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for file in found:
         place = os.path.realpath(file)
-        if place in names:
-            other = "" if names[place] == file else f", also as {names[place]}"
+        if place in seen:
+            other = "" if seen[place] == file else f", also as {seen[place]}"
             raise ValueError(
                 f"--dataset names {file} twice{other}: its documents would be trained on twice. Name it "
                 "once; --mixture and --upsample_long give some more weight, --max-train-steps more epochs"
             )
-        names[place] = file
+        seen[place] = file
     return found
 
 
