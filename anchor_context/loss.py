@@ -372,8 +372,8 @@ def check_logits(model: PreTrainedModel) -> None:
     Its own forward is asked, with a small head and hidden states in place of its own, so the `model` may lie
     on the meta device. One whose forward cannot be asked so is believed.
     """
-    head, own_head = nn.Linear(4, 9, bias=False), model.get_output_embeddings()
-    base = model.base_model
+    head = nn.utils.skip_init(nn.Linear, 4, 9, bias=False)  # it draws no random numbers
+    own_head, base = model.get_output_embeddings(), model.base_model
     head.weight.copy_(torch.linspace(-1, 2, 36).view(9, 4))
     hidden = torch.linspace(-2, 1, 12).view(1, 3, 4)
     model.set_output_embeddings(head)

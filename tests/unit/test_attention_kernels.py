@@ -473,7 +473,7 @@ def test_an_engine_knows_the_head_size_before_there_is_a_model(monkeypatch):
     ],
 )
 def test_the_heads_of_a_configuration(config, heads):
-    text = SimpleNamespace(hidden_size=64, num_attention_heads=4, **config)
+    text = SimpleNamespace(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **config)
     text.get_text_config = lambda: text
     assert tuple(attention_heads(text).values()) == heads
 
